@@ -1,0 +1,1 @@
+"""Where a request runs: a policy a file, all pure."""

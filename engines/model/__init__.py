@@ -1,0 +1,1 @@
+"""A small and exact Llama-family decoder."""

@@ -1,0 +1,1 @@
+"""The hub: hashing, layouts, pools, index, leases, the node and its client."""

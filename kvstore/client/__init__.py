@@ -1,0 +1,1 @@
+"""How an engine talks to a node: one machine, an asyncio and a blocking driver."""

@@ -1,0 +1,1 @@
+"""Which block goes first when a pool is full: a policy a file."""

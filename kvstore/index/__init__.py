@@ -1,0 +1,1 @@
+"""Where a block lies: block key to extent."""

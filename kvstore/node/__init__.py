@@ -1,0 +1,1 @@
+"""The storage daemon of one host: pure state, two doors, a thin shell."""

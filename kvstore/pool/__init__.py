@@ -1,0 +1,1 @@
+"""Which bytes are free: the allocator and the memory under it."""

@@ -1,0 +1,1 @@
+"""Command lines, the local cluster and the benchmarks."""

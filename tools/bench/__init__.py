@@ -1,0 +1,1 @@
+"""Benchmarks: a question a file, one report format."""

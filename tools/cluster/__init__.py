@@ -1,0 +1,1 @@
+"""Start any role, or a whole cluster on one host."""

@@ -1,0 +1,82 @@
+"""What fails, and what the caller can do about it.
+
+Rules kept here: every error a user can meet is a `SnowskinError`; its class says what happened, its message
+says the numbers, its hint says what to do next. `status` is the canonical RPC status name (google.rpc.Code),
+so that any door can answer without a table of its own; `reason` is the stable word that crosses the wire.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class SnowskinError(Exception):
+    """Base of all errors that Snowskin raises on purpose.
+
+    Attributes:
+        status: canonical RPC status name, e.g. `RESOURCE_EXHAUSTED`.
+        reason: stable upper-case word of this class, what crosses the wire.
+        hint: one sentence, what to do next; may be empty.
+        retry_after_s: seconds after which a retry can succeed, or None where a retry is useless.
+    """
+
+    status: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init_subclass__(cls) -> None:
+        """Derives `reason` from the class name: `LeaseExpired` becomes `LEASE_EXPIRED`."""
+        super().__init_subclass__()
+        if "reason" not in cls.__dict__:
+            cls.reason = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).upper()
+
+    def __init__(self, message: str, *, hint: str = "", retry_after_s: float | None = None) -> None:
+        """Keeps what happened (`message`) apart from what to do (`hint`)."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        """The message and, behind it, the hint."""
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class TransportError(SnowskinError):
+    """A transfer did not complete; the landing bytes must not be used."""
+
+    status = "UNAVAILABLE"
+
+
+class TransportClosed(TransportError):
+    """The transport, or the region, was closed before or during the transfer."""
+
+
+class TransferTimedOut(TransportError):
+    """The transfer's deadline passed; its landing buffer is quarantined until the region is closed."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
+class TransferCancelled(TransportError):
+    """The caller cancelled the transfer."""
+
+    status = "CANCELLED"
+
+
+class OutOfBounds(TransportError):
+    """A range does not lie inside its region; nothing was moved."""
+
+    status = "OUT_OF_RANGE"
+
+
+class BadDescriptor(TransportError):
+    """A region descriptor is malformed, of another version, or of another transport."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class TransportUnavailable(TransportError):
+    """The transport asked for is unknown, or what it needs is not installed here."""
+
+    status = "FAILED_PRECONDITION"
