@@ -1,0 +1,302 @@
+"""What node, doors and client say to one another: requests, replies, effects, as frozen values.
+
+Rules kept here: nothing in this file knows protobuf, sockets or clocks. Times that travel are relative seconds.
+`Run` is the unit that everybody speaks of: consecutive blocks of one shard that lie side by side in one extent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NewType
+
+from snowskin.kvstore.blocks import KeyColumn
+from snowskin.kvstore.segment import Extent
+from snowskin.transport.errors import SnowskinError
+
+SessionId = NewType("SessionId", int)
+LeaseId = NewType("LeaseId", int)
+
+WIRE_VERSION = 1
+CHECKSUM_NBYTES = 4
+
+
+class WakeReason(IntEnum):
+    """Why a Match answered when it did."""
+
+    SATISFIED = 1
+    TIMEOUT = 2
+    WRITER_GONE = 3
+
+
+class Access(IntEnum):
+    """What a session may do with the pools that it maps."""
+
+    READ = 1
+    WRITE = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Blocks `first_block_index .. + num_blocks` of a key column, contiguous in `extent`."""
+
+    extent: Extent
+    first_block_index: int
+    num_blocks: int
+    shard_index: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """A time-bounded right, as granted: its holder counts `ttl_s` from when it sent the request."""
+
+    id: LeaseId
+    ttl_s: float
+    capability: bytes = b""
+
+
+# --- requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailSpec:
+    """The partial last block of one request: `nbytes`, for the one reader that names `request_id`."""
+
+    request_id: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReserveRequest:
+    """Room for the blocks of `keys` (or for a tail) that are new to the node."""
+
+    namespace: bytes
+    keys: KeyColumn
+    parent_key: bytes = b""
+    block_nbytes: int = 0
+    tail: TailSpec | None = None
+    one_reader: bool = False
+    ttl_s: float = 0.0
+    timeout_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest:
+    """The next `num_blocks` new blocks of a reservation are complete; `checksums` has 4 bytes for each."""
+
+    lease_id: LeaseId
+    num_blocks: int
+    checksums: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortRequest:
+    """Nothing more will be written under this lease."""
+
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRequest:
+    """What of `keys` is committed in every one of `namespaces`; without a lease."""
+
+    namespaces: tuple[bytes, ...]
+    keys: KeyColumn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchRequest:
+    """The longest gapless run of `keys` in all `namespaces` (or a tail), under a read lease."""
+
+    namespaces: tuple[bytes, ...]
+    keys: KeyColumn
+    max_blocks: int = 0
+    ttl_s: float = 0.0
+    wait_blocks: int = 0
+    timeout_s: float = 0.0
+    tail_request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewRequest:
+    """Prolong leases by `ttl_s` from now."""
+
+    lease_ids: tuple[LeaseId, ...]
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Complaint:
+    """Blocks of a leased match whose bytes were not what was committed under their keys."""
+
+    lease_id: LeaseId
+    block_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRequest:
+    """The holder reads no more under these leases."""
+
+    lease_ids: tuple[LeaseId, ...]
+    complaints: tuple[Complaint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatRequest:
+    """Counts and sizes of the node."""
+
+
+Request = (
+    ReserveRequest
+    | CommitRequest
+    | AbortRequest
+    | ProbeRequest
+    | MatchRequest
+    | RenewRequest
+    | ReleaseRequest
+    | StatRequest
+)
+
+# --- replies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """Writable runs in prefix order; `lease` is None where nothing was new."""
+
+    lease: Lease | None
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """Blocks that another writer had committed first, and how many are still to come."""
+
+    existing_block_indices: tuple[int, ...]
+    num_blocks_left: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aborted:
+    """Bytes that are free again."""
+
+    freed_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Gapless run from the first key, and a bit for each key (least significant first)."""
+
+    num_blocks: int
+    present_bitmap: bytes
+    node_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """Leased runs by shard; `checksums` has a column for each shard, 4 bytes a block."""
+
+    num_blocks: int
+    lease: Lease | None
+    runs: tuple[Run, ...]
+    checksums: tuple[bytes, ...]
+    wake_reason: WakeReason
+    node_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewed:
+    """Seconds of life from now on, in the order of the request; 0 where the lease is gone."""
+
+    ttl_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """How many of the leases were unknown or had expired."""
+
+    num_unknown: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStat:
+    """One pool: capacity = free + committed + reserved + quarantined, always."""
+
+    pool_id: int
+    tier: str
+    tenant: str
+    capacity_nbytes: int
+    free_nbytes: int
+    committed_nbytes: int
+    reserved_nbytes: int
+    quarantined_nbytes: int
+    largest_hole_nbytes: int
+    leased_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStat:
+    """Counts and sizes of one node at one moment."""
+
+    node_id: str
+    node_epoch: int
+    pools: tuple[PoolStat, ...]
+    num_blocks: int
+    num_read_leases: int
+    num_write_leases: int
+    num_sessions: int
+    num_waiting_matches: int
+    num_waiting_reserves: int
+    counters: Mapping[str, int] = field(default_factory=dict)
+    draining: bool = False
+
+
+ReplyMessage = Reserved | Committed | Aborted | Probed | Matched | Renewed | Released | NodeStat
+
+# --- effects of the node's state machine
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Answer the call."""
+
+    session_id: SessionId
+    call_id: int
+    message: ReplyMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Answer the call with an error."""
+
+    session_id: SessionId
+    call_id: int
+    error: SnowskinError
+
+
+Effect = Reply | Fail
+
+# --- greeting of the local door
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolGrant:
+    """A pool that a session maps: `region` is the transport's descriptor of it."""
+
+    pool_id: int
+    tier: str
+    nbytes: int
+    region: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greeting:
+    """What the node says of itself when a session opens."""
+
+    node_id: str
+    node_epoch: int
+    session_id: SessionId
+    pools: tuple[PoolGrant, ...]
+    max_keys: int
+    max_extent_nbytes: int

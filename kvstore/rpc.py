@@ -1,0 +1,280 @@
+"""gRPC as every role uses it: one server factory, one channel factory, one way that errors cross.
+
+Rules kept here: a `SnowskinError` raised by a servicer reaches the caller as the same class (status, and an
+`ErrorDetail` in the trailing metadata); anything else becomes INTERNAL and is logged. Every server answers the
+gRPC health protocol and bounds messages and headers. Every channel notices a silent peer: keepalive pings alone
+do not, only with `grpc.http2.ping_timeout_ms` (measured: 2 s instead of never).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from snowskin.v1 import common_pb2
+
+from snowskin.kvstore.errors import (
+    AddressInUse,
+    DeadlineExceeded,
+    NodeUnavailable,
+    from_reason,
+)
+from snowskin.kvstore.telemetry import bind_request, get_logger
+from snowskin.transport.errors import SnowskinError
+
+REQUEST_ID_HEADER = "x-request-id"
+ERROR_HEADER = "snowskin-error-bin"
+STOP_GRACE_S = 2.0
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RpcLimits:
+    """What a server accepts before it allocates anything."""
+
+    max_message_nbytes: int = 8 << 20
+    max_header_nbytes: int = 32 << 10
+    max_concurrent_calls: int = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RpcServer:
+    """A serving gRPC server and where it listens."""
+
+    server: grpc.aio.Server
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """`host:port`, as a channel wants it."""
+        return f"{self.host}:{self.port}"
+
+
+def _keepalive() -> list[tuple[str, int]]:
+    return [
+        ("grpc.keepalive_time_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 2_000),
+        ("grpc.http2.ping_timeout_ms", 2_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ]
+
+
+def channel_options(limits: RpcLimits | None = None) -> list[tuple[str, int]]:
+    """Options of every channel; blocking clients need the same."""
+    limits = limits or RpcLimits()
+    return [
+        *_keepalive(),
+        ("grpc.max_receive_message_length", limits.max_message_nbytes),
+        ("grpc.max_send_message_length", limits.max_message_nbytes),
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Processes restart on the address they had; a shared subchannel would still be backing off.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def open_channel(address: str, limits: RpcLimits | None = None) -> grpc.aio.Channel:
+    """A channel to `host:port`; connects lazily, the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=channel_options(limits))
+
+
+def call_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
+    """Metadata that carries the request's id; empty where there is none."""
+    return ((REQUEST_ID_HEADER, request_id),) if request_id else ()
+
+
+def error_to_detail(error: SnowskinError) -> common_pb2.ErrorDetail:
+    """What crosses the wire of an error."""
+    detail = common_pb2.ErrorDetail(
+        reason=error.reason, status=error.status, message=error.message, hint=error.hint
+    )
+    if error.retry_after_s is not None:
+        detail.retry_after_ms = max(1, round(error.retry_after_s * 1000))
+    return detail
+
+
+def detail_to_error(detail: common_pb2.ErrorDetail) -> SnowskinError:
+    """The same error on the other side."""
+    retry_after_s = detail.retry_after_ms / 1000 if detail.HasField("retry_after_ms") else None
+    return from_reason(
+        detail.reason, detail.message, hint=detail.hint, retry_after_s=retry_after_s
+    )
+
+
+def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:
+    """The typed error behind a failed call."""
+    call = cast("grpc.aio.AioRpcError", error)
+    for key, value in call.trailing_metadata() or ():
+        if key == ERROR_HEADER and isinstance(value, bytes):
+            detail = common_pb2.ErrorDetail()
+            try:
+                detail.ParseFromString(value)
+            except Exception:  # noqa: BLE001  a peer's garbage must not hide the status
+                break
+            return detail_to_error(detail)
+    code, text = call.code(), call.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{peer} did not answer in time: {text}")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return NodeUnavailable(
+            f"{peer} cannot be reached: {text}", hint="check that it runs and its address is right"
+        )
+    failed = from_reason(code.name, f"{peer} answered {code.name}: {text}")
+    return failed
+
+
+@contextmanager
+def translating(peer: str) -> Iterator[None]:
+    """Turns a failed call inside the block into the error that the peer raised."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise rpc_error_to_error(error, peer) from error
+
+
+def _status(error: SnowskinError) -> grpc.StatusCode:
+    return grpc.StatusCode.__members__.get(error.status, grpc.StatusCode.INTERNAL)
+
+
+async def _abort(context: Any, error: Exception, method: str) -> None:
+    if isinstance(error, SnowskinError):
+        context.set_trailing_metadata(((ERROR_HEADER, error_to_detail(error).SerializeToString()),))
+        await context.abort(_status(error), str(error))
+    log.error("rpc failed unexpectedly", method=method, error=repr(error), exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"{method}: {type(error).__name__}")
+
+
+Behaviour = Callable[[Any, Any], Any]
+
+
+class _Border(grpc.aio.ServerInterceptor):
+    """Binds the request's id to the logs, and turns errors into statuses."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[..., Coroutine[Any, Any, Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        request_id = str(metadata.get(REQUEST_ID_HEADER, ""))[:128]
+        wrap = self._stream if handler.response_streaming else self._unary
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            wrap(getattr(handler, kind), method, request_id),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _unary(self, behaviour: Behaviour, method: str, request_id: str) -> Behaviour:
+        @functools.wraps(behaviour)
+        async def call(request: Any, context: Any) -> Any:
+            with bind_request(request_id):
+                try:
+                    return await behaviour(request, context)
+                except (asyncio.CancelledError, grpc.aio.AbortError):
+                    raise
+                except Exception as error:  # noqa: BLE001  the border: everything becomes a status
+                    return await _abort(context, error, method)
+
+        return call
+
+    def _stream(self, behaviour: Behaviour, method: str, request_id: str) -> Behaviour:
+        @functools.wraps(behaviour)
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            with bind_request(request_id):
+                try:
+                    async for response in behaviour(request, context):
+                        yield response
+                except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
+                    raise
+                except Exception as error:  # noqa: BLE001  the border: everything becomes a status
+                    await _abort(context, error, method)
+
+        return call
+
+
+Registration = tuple[Callable[[Any, grpc.aio.Server], None], Any]
+
+
+@asynccontextmanager
+async def serving(
+    services: Sequence[Registration],
+    *,
+    host: str,
+    port: int,
+    service_names: Sequence[str],
+    role: str,
+    limits: RpcLimits | None = None,
+) -> AsyncIterator[RpcServer]:
+    """Serves `services` until the block ends; port 0 takes a free one.
+
+    Args:
+        services: pairs of a generated `add_XServicer_to_server` and the servicer.
+        host: address to listen on; the caller has checked that it may (`config.check_bind`).
+        port: TCP port, or 0.
+        service_names: full names that the health protocol answers for, besides "".
+        role: for the messages.
+        limits: sizes and counts accepted.
+
+    Raises:
+        AddressInUse: another process listens there.
+    """
+    limits = limits or RpcLimits()
+    server = grpc.aio.server(
+        interceptors=[_Border()],
+        maximum_concurrent_rpcs=limits.max_concurrent_calls,
+        options=[
+            *_keepalive(),
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limits.max_message_nbytes),
+            ("grpc.max_send_message_length", limits.max_message_nbytes),
+            ("grpc.max_metadata_size", limits.max_header_nbytes),
+            ("grpc.absolute_max_metadata_size", 2 * limits.max_header_nbytes),
+        ],
+    )
+    for add, servicer in services:
+        add(servicer, server)
+    checker = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    for name in ("", *service_names):
+        await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        await server.stop(0)
+        raise AddressInUse(
+            f"{role}: port {port} on {host} cannot be taken",
+            hint="stop what listens there, or choose another port with --port (0 takes a free one)",
+        )
+    await server.start()
+    try:
+        yield RpcServer(server=server, host=host, port=bound)
+    finally:
+        await checker.enter_graceful_shutdown()
+        await server.stop(STOP_GRACE_S)
+
+
+def timeout_left_s(deadline_s: float) -> float:
+    """Seconds until `deadline_s` on the monotonic clock, at least 1 ms: what a call is given."""
+    return max(0.001, deadline_s - time.monotonic())
