@@ -105,7 +105,7 @@ _route_through_logging()
 
 
 def configure_logging(
-    role: str, *, level: str = "info", json: bool = False, stream: TextIO | None = None
+    role: str, level: str = "info", *, json: bool = False, stream: TextIO | None = None
 ) -> None:
     """Makes every logger of the process write one line per fact to `stream` (stderr).
 
