@@ -1,8 +1,9 @@
 """What fails, and what the caller can do about it.
 
-Rules kept here: every error a user can meet is a `SnowskinError`; its class says what happened, its message
-says the numbers, its hint says what to do next. `status` is the canonical RPC status name (google.rpc.Code),
-so that any door can answer without a table of its own; `reason` is the stable word that crosses the wire.
+Rules kept here: every error a user can meet is a `SnowskinError`; its class says what happened, its
+message says the numbers, its hint says what to do next. `status` is the canonical RPC status name
+(google.rpc.Code), so that any door can answer without a table of its own; `reason` is the stable
+word that crosses the wire.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class TransportClosed(TransportError):
 
 
 class TransferTimedOut(TransportError):
-    """The transfer's deadline passed; its landing buffer is quarantined until the region is closed."""
+    """The transfer's deadline passed; what it may still write is in quarantine."""
 
     status = "DEADLINE_EXCEEDED"
 
@@ -80,3 +81,23 @@ class TransportUnavailable(TransportError):
     """The transport asked for is unknown, or what it needs is not installed here."""
 
     status = "FAILED_PRECONDITION"
+
+
+class RegionExpired(TransportError):
+    """The grant on a remote region ran out; what was read under it at the end must not be used."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class RegionReadOnly(TransportError):
+    """Bytes were to land in a region that was registered or attached for reading only."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class LandingQuarantined(TransportError):
+    """An earlier, abandoned transfer may still write into this range."""
+
+
+class PeerLost(TransportError):
+    """The peer died, or the way to it was cut; the region must be attached anew."""

@@ -1,0 +1,303 @@
+"""Registered memory: who owns it, what may land in it, and when it is really left alone.
+
+Rules kept here: registering never copies; a region keeps its owner alive and never frees it; a
+closed region lets nothing land, and `close` returns only when the last landing piece is done;
+what an abandoned transfer may still write is quarantined until that transfer has ended.
+
+A landing piece is bracketed by `begin_landing` and `end_landing`. Between them the region cannot
+finish closing, so a piece must be short (≤ 1 MiB of memcpy) and must not wait for anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from snowskin.transport.errors import (
+    BadDescriptor,
+    LandingQuarantined,
+    TransportClosed,
+    TransportError,
+    TransportUnavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+Bytes = npt.NDArray[np.uint8]
+LandingRange = tuple[int, int]  # offset, nbytes
+
+_PAGE_NBYTES = mmap.PAGESIZE
+_POPULATE_SLICE_NBYTES = 64 << 20  # a closing region waits for at most this much
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memfd:
+    """A memfd to register or attach; the descriptor stays the caller's, who closes it."""
+
+    fd: int
+
+
+class LandingGate:
+    """Counts pieces that are landing; once closed lets none begin, and waits for the last."""
+
+    __slots__ = ("_idle", "_lock", "_num_landing", "closed", "name")
+
+    def __init__(self, name: str) -> None:
+        """An open gate; `name` stands in the error of those who come too late."""
+        self.name = name
+        self.closed = False
+        self._num_landing = 0
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+
+    def begin(self) -> None:
+        """Enters, or raises TransportClosed."""
+        with self._lock:
+            if self.closed:
+                raise TransportClosed(f"{self.name} is closed")
+            self._num_landing += 1
+
+    def end(self) -> None:
+        """Leaves; the last one out wakes who is closing."""
+        with self._lock:
+            self._num_landing -= 1
+            if self.closed and not self._num_landing:
+                self._idle.notify_all()
+
+    def close(self) -> bool:
+        """Closes and waits until nobody is inside; False where it was closed before."""
+        with self._lock:
+            first = not self.closed
+            self.closed = True
+            while self._num_landing:
+                self._idle.wait()
+            return first
+
+
+class MemoryRegion:
+    """Local memory that transfers read from and land in; a context manager that closes.
+
+    Attributes:
+        buffer: the memory as uint8, one dimension, sharing the owner's bytes.
+        owner: what was registered; kept alive until `close`.
+        writable: whether bytes may land here.
+        shared: whether a memfd backs it, so that peers on this host can map it.
+    """
+
+    __slots__ = ("_gate", "_quarantine", "_view", "buffer", "nbytes", "owner", "shared", "writable")
+
+    def __init__(self, buffer: Bytes, owner: object, *, writable: bool, shared: bool) -> None:
+        """Wraps `buffer`; `region_of` is the way in."""
+        self.buffer: Bytes = buffer
+        self.nbytes = int(buffer.nbytes)
+        self.owner: object = owner
+        self.writable = writable
+        self.shared = shared
+        self._view = buffer.data
+        self._gate = LandingGate(f"memory region of {self.nbytes} bytes")
+        self._quarantine: dict[object, tuple[LandingRange, ...]] = {}
+
+    @property
+    def view(self) -> memoryview:
+        """The same bytes as a memoryview: cheaper than numpy for small slices."""
+        return self._view
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._gate.closed
+
+    @property
+    def quarantined_nbytes(self) -> int:
+        """Bytes into which an abandoned transfer may still write."""
+        return sum(nbytes for ranges in list(self._quarantine.values()) for _, nbytes in ranges)
+
+    def begin_landing(self) -> None:
+        """Opens the bracket of one piece; raises TransportClosed."""
+        self._gate.begin()
+
+    def end_landing(self) -> None:
+        """Closes the bracket of one piece."""
+        self._gate.end()
+
+    def quarantine(self, key: object, ranges: Sequence[LandingRange]) -> None:
+        """Keeps other transfers out of `ranges` until `lift_quarantine(key)`, or `close`."""
+        if not self.closed:
+            self._quarantine[key] = tuple(ranges)
+
+    def lift_quarantine(self, key: object) -> None:
+        """Says that the transfer `key` can write nothing more."""
+        self._quarantine.pop(key, None)
+
+    def check_not_quarantined(self, ranges: Sequence[LandingRange]) -> None:
+        """Raises LandingQuarantined where a range overlaps what may still be written."""
+        for held in list(self._quarantine.values()):
+            for held_offset, held_nbytes in held:
+                for offset, nbytes in ranges:
+                    if offset < held_offset + held_nbytes and held_offset < offset + nbytes:
+                        raise LandingQuarantined(
+                            f"[{offset}, {offset + nbytes}) overlaps [{held_offset}, "
+                            f"{held_offset + held_nbytes}) of an abandoned transfer",
+                            hint="land elsewhere, or close the region to end the quarantine",
+                            retry_after_s=0.01,
+                        )
+
+    def close(self) -> None:
+        """Lets nothing land any more and forgets the owner; idempotent, waits ≤ one piece."""
+        if self._gate.close():
+            self._quarantine.clear()
+            self.owner = None
+            self._view = memoryview(b"")
+            self.buffer = _nothing()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def region_of(memory: object, *, writable: bool = True) -> MemoryRegion:
+    """Registers `memory` in place.
+
+    Args:
+        memory: a `Memfd` (mapped whole), a C-contiguous numpy array, a contiguous torch CPU tensor,
+            or any object with a contiguous buffer (mmap, bytearray, memoryview).
+        writable: whether bytes may land there; memory that is read-only stays so.
+
+    Raises:
+        TransportError: not contiguous, or empty. TransportUnavailable: not host memory.
+    """
+    if isinstance(memory, Memfd):
+        nbytes = os.fstat(memory.fd).st_size
+        mapped = map_memfd(memory.fd, nbytes, writable=writable)
+        return MemoryRegion(_flat(mapped), mapped, writable=writable, shared=True)
+    source = memory
+    if type(memory).__module__.partition(".")[0] == "torch":
+        source = _tensor_bytes(memory)
+    buffer = _flat(source)
+    return MemoryRegion(buffer, memory, writable=writable and buffer.flags.writeable, shared=False)
+
+
+def map_memfd(fd: int, nbytes: int, *, writable: bool) -> mmap.mmap:
+    """Maps a memfd, which must be of exactly `nbytes` and must not be able to shrink.
+
+    The mapping holds a descriptor of its own. A peer that could shrink the file could kill this
+    process (SIGBUS), hence the seal.
+    """
+    actual_nbytes = os.fstat(fd).st_size
+    if actual_nbytes != nbytes or nbytes < 1:
+        raise BadDescriptor(f"the memfd has {actual_nbytes} bytes, {nbytes} were described")
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise BadDescriptor(
+            f"descriptor {fd} is not a memfd sealed against shrinking",
+            hint="make pools with Arena, or add F_SEAL_SHRINK before sharing",
+        )
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    try:
+        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+    except OSError as error:
+        raise TransportError(
+            f"mapping {nbytes} bytes {'for writing' if writable else 'for reading'} failed: {error}"
+        ) from error
+
+
+class Population:
+    """Faults the pages of `buffer` in, in a thread, so that the first copy does not pay for it."""
+
+    def __init__(self, buffer: Bytes, *, writable: bool) -> None:
+        """Starts at once."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(buffer, writable), name="snowskin-populate", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether all pages are in, after at most `timeout_s`."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Stops within one slice and waits for that; idempotent."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, buffer: Bytes, writable: bool) -> None:
+        for start in range(0, buffer.nbytes, _POPULATE_SLICE_NBYTES):
+            if self._stop.is_set():
+                return
+            populate(buffer[start : start + _POPULATE_SLICE_NBYTES], writable=writable)
+
+
+def populate(buffer: Bytes, *, writable: bool) -> None:
+    """Faults all pages of `buffer` in, without the GIL; does nothing where the kernel cannot.
+
+    ctypes and not `mmap.madvise`, which holds the GIL for as long as it takes (256 MiB: 150 ms).
+    """
+    start = buffer.ctypes.data
+    skip = -start % _PAGE_NBYTES
+    nbytes = buffer.nbytes - skip
+    if nbytes > 0:
+        advice = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
+        with contextlib.suppress(AttributeError):  # a libc without madvise
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start + skip), ctypes.c_size_t(nbytes), ctypes.c_int(advice)
+            )
+
+
+def _tensor_bytes(tensor: object) -> Bytes:
+    """The bytes of a torch CPU tensor, shared; torch is imported by whoever made the tensor."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+        raise TransportUnavailable(
+            f"cannot register {type(tensor).__name__} on {getattr(tensor, 'device', 'no device')}",
+            hint="this build moves host memory; copy to a CPU tensor first",
+        )
+    if not tensor.is_contiguous():
+        raise TransportError("the tensor is not contiguous", hint="register its base tensor")
+    flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _flat(memory: object) -> Bytes:
+    """`memory` as one dimension of uint8, sharing its bytes."""
+    try:
+        view = memoryview(memory)  # type: ignore[arg-type]  # refused below where it is no buffer
+    except (TypeError, ValueError, BufferError) as error:
+        # numpy says ValueError for dtypes that have no buffer format (bfloat16 extensions)
+        raise TransportError(
+            f"{type(memory).__name__} has no buffer to register: {error}"
+        ) from error
+    if not view.c_contiguous:
+        raise TransportError("the memory is not contiguous", hint="register its base array")
+    if view.nbytes < 1:
+        raise TransportError("memory of 0 bytes cannot be registered")
+    return np.frombuffer(view, dtype=np.uint8)
+
+
+def _nothing() -> Bytes:
+    return np.empty(0, dtype=np.uint8)

@@ -1,0 +1,89 @@
+"""`shm`: the owner's memfd, mapped once; every pull is one memory copy on this host.
+
+Rules kept here: a mapping is made once per attachment and kept; a memfd that could shrink is
+refused (its owner could kill us); a reader maps read-only, whatever the descriptor would allow;
+this transport never closes a descriptor that it was lent.
+
+The capability says *which* memfd the owner meant; the descriptor itself is the right to it, and the
+lease above says *when*. So one memfd belongs to one tenant.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from snowskin.transport.copying import AttachedMemory, CopyingTransport
+from snowskin.transport.descriptor import RegionDescriptor, new_capability
+from snowskin.transport.errors import BadDescriptor, TransportClosed, TransportUnavailable
+from snowskin.transport.memory import MemoryRegion, map_memfd, region_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class ShmTransport(CopyingTransport):
+    """Copies between local memory and mapped memfds of peers on this host."""
+
+    scheme = "shm"
+
+    def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
+        """Opens the transport; holds nothing until something is attached."""
+        super().__init__(self.scheme, now_s=now_s)
+
+    def register(self, memory: object, *, writable: bool = True) -> MemoryRegion:
+        """Registers host memory without copying; only a `Memfd` can be described to peers."""
+        self.check_open()
+        return region_of(memory, writable=writable)
+
+    def describe(
+        self,
+        region: MemoryRegion,
+        *,
+        epoch: int = 0,
+        generation: int = 0,
+        expires_in_s: float = math.inf,
+    ) -> RegionDescriptor:
+        """Grants a memfd's region; the memfd itself travels beside it (SCM_RIGHTS)."""
+        self.check_open()
+        if region.closed:
+            raise TransportClosed("a closed region cannot be described")
+        if not region.shared:
+            raise TransportUnavailable(
+                "this memory belongs to this process alone; a peer cannot map it",
+                hint="register a Memfd to share it over shm",
+            )
+        return RegionDescriptor(
+            scheme=self.scheme,
+            capability=new_capability(),
+            nbytes=region.nbytes,
+            epoch=epoch,
+            generation=generation,
+            expires_in_s=expires_in_s,
+        )
+
+    def attach(
+        self,
+        descriptor: RegionDescriptor,
+        *,
+        fd: int | None = None,
+        writable: bool = False,
+        asked_at_s: float | None = None,
+        populate: bool = False,
+    ) -> AttachedMemory:
+        """Maps the owner's memfd; `fd` is needed, is not kept, and stays the caller's."""
+        self.check_open()
+        if descriptor.scheme != self.scheme:
+            raise BadDescriptor(f"a descriptor of {descriptor.scheme!r} came to transport shm")
+        if fd is None:
+            raise BadDescriptor(
+                "shm attaches a memfd, and none came with the descriptor",
+                hint="ask the owner over the local door, which passes descriptors",
+            )
+        mapped = map_memfd(fd, descriptor.nbytes, writable=writable)
+        buffer = np.frombuffer(mapped, dtype=np.uint8)
+        memory = MemoryRegion(buffer, mapped, writable=writable, shared=True)
+        return self.keep_attached(descriptor, memory, asked_at_s=asked_at_s, populate=populate)
