@@ -1,0 +1,61 @@
+"""What tells the policies apart; their common laws are in tests/contract/test_policies.py."""
+
+from __future__ import annotations
+
+from snowskin.engines.conductor.policies.registry import make_policy
+from snowskin.engines.conductor.request import Placement, Stage
+from tests.support.clusters import instance, load, request, view
+
+LEAST = make_policy("least_ttft")
+
+
+def chosen(policy, stage, cluster, wanted=None):
+    answer = policy.place(wanted or request(), stage, cluster)
+    assert isinstance(answer, Placement)
+    return answer.instance_id
+
+
+def test_round_robin_takes_turns():
+    cluster = [instance(f"prefill-{index}") for index in range(3)]
+    policy = make_policy("round_robin")
+    turns = [
+        chosen(policy, Stage.PREFILL, view(*cluster, num_placements={Stage.PREFILL: turn}))
+        for turn in range(4)
+    ]
+    assert turns == ["prefill-0", "prefill-1", "prefill-2", "prefill-0"]
+
+
+def test_prefill_goes_where_the_prefix_is_cached():
+    cluster = view(instance("prefill-0"), instance("prefill-1", node_address="node-1:1"))
+    cached = request(num_tokens=1000, cached_blocks={"node-1:1": 60})
+    assert chosen(LEAST, Stage.PREFILL, cluster, cached) == "prefill-1"
+
+
+def test_a_long_queue_outweighs_a_cached_prefix():
+    cluster = view(
+        instance("prefill-0"),
+        instance("prefill-1", node_address="node-1:1", load=load(num_waiting_tokens=961)),
+    )
+    cached = request(num_tokens=1000, cached_blocks={"node-1:1": 60})
+    assert chosen(LEAST, Stage.PREFILL, cluster, cached) == "prefill-0"
+
+
+def test_placements_since_the_last_report_keep_requests_from_herding():
+    cluster = view(instance("prefill-0", num_placed_tokens=1), instance("prefill-1"))
+    assert chosen(LEAST, Stage.PREFILL, cluster) == "prefill-1"
+    cluster = view(instance("decode-0", num_placed_requests=1), instance("decode-1"))
+    assert chosen(LEAST, Stage.DECODE, cluster) == "decode-1"
+
+
+def test_decode_goes_where_there_is_room_before_where_it_is_quiet():
+    cluster = view(
+        instance("decode-0", load=load(num_kv_blocks_free=6)),
+        instance("decode-1", load=load(num_running=9, num_kv_blocks_free=7)),
+    )
+    assert chosen(LEAST, Stage.DECODE, cluster) == "decode-1"
+
+
+def test_ties_go_to_the_lowest_id():
+    for stage in Stage:
+        cluster = view(instance(f"{stage}-1"), instance(f"{stage}-0"))
+        assert chosen(LEAST, stage, cluster) == f"{stage}-0"
