@@ -1,0 +1,231 @@
+"""What a conductor's Admin service answers, as plain values.
+
+Rules kept here: protobuf ends in this file; every call has a deadline; an error is the type that the conductor
+raised, or says that it cannot be reached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from snowskin.kvstore.messages import NodeStat, PoolStat
+from snowskin.kvstore.rpc import open_channel, translating
+from snowskin.v1 import admin_pb2, admin_pb2_grpc, common_pb2, store_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    import grpc.aio
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStatus:
+    """One engine as the conductor sees it.
+
+    Attributes:
+        state: ready, draining or suspect.
+        num_waiting_tokens: prompt tokens not computed yet, over all its requests.
+        prefill_tokens_per_s, pull_bytes_per_s, decode_step_s: measured; 0 while unknown.
+    """
+
+    instance_id: str
+    role: str
+    state: str
+    address: str
+    node_address: str
+    block_size: int
+    seconds_since_report: float
+    num_waiting: int
+    num_running: int
+    num_waiting_tokens: int
+    num_kv_blocks: int
+    num_kv_blocks_free: int
+    num_tokens_computed: int
+    prefill_tokens_per_s: float
+    pull_bytes_per_s: float
+    decode_step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The instances, and what became of the requests."""
+
+    model_name: str
+    instances: tuple[InstanceStatus, ...]
+    num_requests_running: int
+    num_requests_finished: int
+    num_requests_refused: int
+    num_requests_failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """One node; `stat` is None where it did not answer, and `error` says why."""
+
+    address: str
+    stat: NodeStat | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeMatch:
+    """What one node holds of a prompt.
+
+    Attributes:
+        num_blocks: longest gapless run from the start.
+        num_blocks_present: blocks in all.
+    """
+
+    address: str
+    num_blocks: int
+    num_blocks_present: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptMatch:
+    """What of a prompt is cached where; `num_blocks` counts its full blocks."""
+
+    num_tokens: int
+    num_blocks: int
+    block_size: int
+    nodes: tuple[NodeMatch, ...] = field(default=())
+
+
+class AdminClient:
+    """Asks one conductor; an asynchronous context manager."""
+
+    def __init__(self, address: str, *, timeout_s: float) -> None:
+        """Connects lazily to `address`, `host:port`; every call gets `timeout_s`."""
+        self.address = address
+        self._timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> AdminClient:
+        """Opens the channel."""
+        self._channel = open_channel(self.address)
+        self._stub = admin_pb2_grpc.AdminStub(self._channel)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the channel."""
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    async def cluster_status(self) -> ClusterStatus:
+        """Instances and request counts.
+
+        Raises:
+            NodeUnavailable, DeadlineExceeded: the conductor does not answer.
+        """
+        with translating(f"conductor {self.address}"):
+            answer = await self._stub.ClusterStatus(
+                admin_pb2.ClusterStatusRequest(), timeout=self._timeout_s
+            )
+        return ClusterStatus(
+            model_name=answer.model_name,
+            instances=tuple(_instance(instance) for instance in answer.instances),
+            num_requests_running=answer.num_requests_running,
+            num_requests_finished=answer.num_requests_finished,
+            num_requests_refused=answer.num_requests_refused,
+            num_requests_failed=answer.num_requests_failed,
+        )
+
+    async def nodes(self) -> tuple[NodeStatus, ...]:
+        """The nodes that the instances have named, each asked now; raises as `cluster_status`."""
+        with translating(f"conductor {self.address}"):
+            answer = await self._stub.Nodes(admin_pb2.NodesRequest(), timeout=self._timeout_s)
+        return tuple(
+            NodeStatus(
+                address=node.address,
+                stat=_stat(node.stat) if node.HasField("stat") else None,
+                error=node.error,
+            )
+            for node in answer.nodes
+        )
+
+    async def match_prompt(self, prompt: str | Sequence[int]) -> PromptMatch:
+        """What of a text, or of token ids, is cached where; raises as `cluster_status`."""
+        request = admin_pb2.MatchPromptRequest()
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids = np.asarray(prompt, dtype="<u4").tobytes()
+        with translating(f"conductor {self.address}"):
+            answer = await self._stub.MatchPrompt(request, timeout=self._timeout_s)
+        return PromptMatch(
+            num_tokens=answer.num_tokens,
+            num_blocks=answer.num_blocks,
+            block_size=answer.block_size,
+            nodes=tuple(
+                NodeMatch(
+                    address=node.address,
+                    num_blocks=node.num_blocks,
+                    num_blocks_present=node.num_blocks_present,
+                    error=node.error,
+                )
+                for node in answer.nodes
+            ),
+        )
+
+
+def _instance(message: admin_pb2.InstanceStatus) -> InstanceStatus:
+    load = message.load
+    return InstanceStatus(
+        instance_id=message.instance_id,
+        role=message.role,
+        state=message.state,
+        address=message.address,
+        node_address=message.node_address,
+        block_size=message.block_size,
+        seconds_since_report=message.seconds_since_report,
+        num_waiting=load.num_waiting,
+        num_running=load.num_running,
+        num_waiting_tokens=load.num_waiting_tokens,
+        num_kv_blocks=load.num_kv_blocks,
+        num_kv_blocks_free=load.num_kv_blocks_free,
+        num_tokens_computed=load.num_tokens_computed,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        pull_bytes_per_s=load.pull_bytes_per_s,
+        decode_step_s=load.decode_step_s,
+    )
+
+
+def _stat(message: store_pb2.StatResponse) -> NodeStat:
+    return NodeStat(
+        node_id=message.node_id,
+        node_epoch=message.node_epoch,
+        pools=tuple(_pool(pool) for pool in message.pools),
+        num_blocks=message.num_blocks,
+        num_read_leases=message.num_read_leases,
+        num_write_leases=message.num_write_leases,
+        num_sessions=message.num_sessions,
+        num_waiting_matches=message.num_waiting_matches,
+        num_waiting_reserves=message.num_waiting_reserves,
+        counters=dict(message.counters),
+        draining=message.draining,
+    )
+
+
+def _pool(message: store_pb2.PoolStat) -> PoolStat:
+    return PoolStat(
+        pool_id=message.pool_id,
+        tier=common_pb2.Tier.Name(message.tier).removeprefix("TIER_").lower(),
+        tenant=message.tenant,
+        capacity_nbytes=message.capacity_nbytes,
+        free_nbytes=message.free_nbytes,
+        committed_nbytes=message.committed_nbytes,
+        reserved_nbytes=message.reserved_nbytes,
+        quarantined_nbytes=message.quarantined_nbytes,
+        largest_hole_nbytes=message.largest_hole_nbytes,
+        leased_nbytes=message.leased_nbytes,
+    )

@@ -1,0 +1,47 @@
+"""`kvctl`: the administrator's command line.
+
+Rules kept here: it asks and shows, and needs neither torch nor a model. A command is a file of this folder.
+"""
+
+from __future__ import annotations
+
+import click
+
+from snowskin.kvstore.config import options
+from snowskin.tools.kvctl.match import match
+from snowskin.tools.kvctl.nodes import nodes
+from snowskin.tools.kvctl.output import KvctlSettings
+from snowskin.tools.kvctl.status import status
+
+EPILOG = """
+Exit status: 0 answered, 1 the conductor is unreachable or failed, 2 usage.
+
+\b
+Examples:
+  kvctl --conductor 127.0.0.1:7000 status
+  kvctl --json nodes | jq '.[].stat.num_blocks'
+  SNOWSKIN_CONDUCTOR=127.0.0.1:7000 kvctl match --file prompt.txt
+"""
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="snowskin", prog_name="kvctl")
+@options(KvctlSettings, table="kvctl")
+@click.pass_context
+def cli(ctx: click.Context, settings: KvctlSettings) -> None:
+    """Looks into a running Snowskin cluster through its conductor."""
+    ctx.obj = settings
+
+
+cli.add_command(status)
+cli.add_command(nodes)
+cli.add_command(match)
+
+
+def main() -> None:
+    """Entry point of the `kvctl` script."""
+    cli(prog_name="kvctl")
+
+
+if __name__ == "__main__":
+    main()
