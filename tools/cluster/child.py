@@ -37,7 +37,7 @@ class Ready:
     Attributes:
         address: `host:port` of its gRPC.
         http_address: `host:port` of its HTTP.
-        door: path of its Unix socket.
+        door: `unix:PATH` of its local door.
     """
 
     role: str = ""

@@ -365,7 +365,7 @@ class LocalCluster:
             return [
                 *("--instance-id", name),
                 *("--model", settings.model),
-                *("--node", f"unix:{own_node.door}"),
+                *("--node", own_node.door),
                 *("--node-address", own_node.address),
                 *("--conductor", self.conductor_address),
                 *("--threads", str(threads)),

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from snowskin.kvstore.messages import NodeStat, PoolStat
+from snowskin.kvstore import wire
+from snowskin.kvstore.messages import NodeStat
 from snowskin.kvstore.rpc import open_channel, translating
-from snowskin.v1 import admin_pb2, admin_pb2_grpc, common_pb2, store_pb2
+from snowskin.v1 import admin_pb2, admin_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,7 +148,7 @@ class AdminClient:
         return tuple(
             NodeStatus(
                 address=node.address,
-                stat=_stat(node.stat) if node.HasField("stat") else None,
+                stat=wire.stat_from(node.stat) if node.HasField("stat") else None,
                 error=node.error,
             )
             for node in answer.nodes
@@ -197,35 +198,4 @@ def _instance(message: admin_pb2.InstanceStatus) -> InstanceStatus:
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         pull_bytes_per_s=load.pull_bytes_per_s,
         decode_step_s=load.decode_step_s,
-    )
-
-
-def _stat(message: store_pb2.StatResponse) -> NodeStat:
-    return NodeStat(
-        node_id=message.node_id,
-        node_epoch=message.node_epoch,
-        pools=tuple(_pool(pool) for pool in message.pools),
-        num_blocks=message.num_blocks,
-        num_read_leases=message.num_read_leases,
-        num_write_leases=message.num_write_leases,
-        num_sessions=message.num_sessions,
-        num_waiting_matches=message.num_waiting_matches,
-        num_waiting_reserves=message.num_waiting_reserves,
-        counters=dict(message.counters),
-        draining=message.draining,
-    )
-
-
-def _pool(message: store_pb2.PoolStat) -> PoolStat:
-    return PoolStat(
-        pool_id=message.pool_id,
-        tier=common_pb2.Tier.Name(message.tier).removeprefix("TIER_").lower(),
-        tenant=message.tenant,
-        capacity_nbytes=message.capacity_nbytes,
-        free_nbytes=message.free_nbytes,
-        committed_nbytes=message.committed_nbytes,
-        reserved_nbytes=message.reserved_nbytes,
-        quarantined_nbytes=message.quarantined_nbytes,
-        largest_hole_nbytes=message.largest_hole_nbytes,
-        leased_nbytes=message.leased_nbytes,
     )

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snowskin.tools.kvctl.output import KvctlSettings, ask, print_json, print_table, table
+from snowskin.tools.kvctl.output import (
+    KvctlSettings,
+    ask,
+    print_json,
+    print_table,
+    table,
+    with_settings,
+)
 
 if TYPE_CHECKING:
     from snowskin.tools.kvctl.admin import PromptMatch
@@ -26,7 +33,7 @@ MAX_TOKEN_ID = (1 << 32) - 1
     help="A UTF-8 file that holds the prompt.",
 )
 @click.option("--tokens", help="Token ids, separated by commas or spaces.")
-@click.pass_obj
+@with_settings
 def match(settings: KvctlSettings, text: str | None, path: Path | None, tokens: str | None) -> None:
     """Cached blocks of a prompt, node by node. Takes no lease and pins nothing.
 

@@ -12,11 +12,12 @@ from snowskin.tools.kvctl.output import (
     print_json,
     print_table,
     table,
+    with_settings,
 )
 
 
 @click.command()
-@click.pass_obj
+@with_settings
 def nodes(settings: KvctlSettings) -> None:
     """Store nodes: blocks, leases and the bytes of each pool.
 

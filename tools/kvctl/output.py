@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import click
 from rich import box
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 Answer = TypeVar("Answer")
+P = ParamSpec("P")
 # Wide enough for every table, also where stdout is a file or a pipe.
 PIPE_COLUMNS = 160
 
@@ -49,6 +51,27 @@ class KvctlSettings:
             )
         if not self.timeout_s > 0:
             raise BadSetting(f"timeout_s is {self.timeout_s}", hint="give seconds > 0")
+
+
+def with_settings(command: Callable[Concatenate[KvctlSettings, P], None]) -> Callable[P, None]:
+    """Hands the group's settings to a command, which takes `--json` behind its name too."""
+
+    def on_json(ctx: click.Context, _param: click.Parameter, as_json: bool) -> None:
+        settings = ctx.find_object(KvctlSettings)
+        if as_json and settings is not None:
+            ctx.obj = dataclasses.replace(settings, json=True)
+
+    def run(*args: P.args, **values: P.kwargs) -> None:
+        command(click.get_current_context().obj, *args, **values)
+
+    functools.update_wrapper(run, command)
+    return click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        callback=on_json,
+        help="As the option of kvctl.",
+    )(run)
 
 
 def ask(settings: KvctlSettings, question: Callable[[AdminClient], Awaitable[Answer]]) -> Answer:

@@ -13,11 +13,12 @@ from snowskin.tools.kvctl.output import (
     print_table,
     rate_text,
     table,
+    with_settings,
 )
 
 
 @click.command()
-@click.pass_obj
+@with_settings
 def status(settings: KvctlSettings) -> None:
     """Instances with their load, and counts of requests.
 
