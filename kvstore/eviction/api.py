@@ -1,0 +1,47 @@
+"""What an eviction policy promises: in which order blocks leave a node that is full.
+
+A policy knows opaque keys and the prefix tree over them; it knows no bytes, leases or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class EvictionPolicy(Protocol[Key]):
+    """Keeps every resident block in some order of leaving.
+
+    Laws, each a test in `tests/contract/test_eviction.py`:
+
+    1. Exactly the keys inserted and not removed are resident.
+    2. `victims` offers leaves only: a block with a resident child is never offered.
+    3. It is lazy: the caller may call `on_remove` for the victim just offered before asking for the
+       next; a parent that thereby became a leaf is offered in its turn within the same iteration.
+       What the caller did not remove was skipped (it is under a lease) and is not offered again in
+       this iteration, nor are its ancestors.
+    4. Iterated to the end with each victim removed, it offers every resident block once.
+    5. Nothing is assumed of prefixes: a parent may be absent, may come after its child, may be
+       removed before it. A parent that arrives later is found by its children.
+    6. Iterating changes nothing by itself; inserts and touches end the iteration's use.
+    """
+
+    def on_insert(self, key: Key, parent: Key | None) -> None:
+        """A block became resident; `parent` is its prefix, resident or not, or None at a start.
+
+        An insert counts as a use. Inserting a resident key is an error of the caller (ValueError).
+        """
+
+    def on_touch(self, keys: Sequence[Key]) -> None:
+        """A matched run was used, first block first. Keys that are not resident are ignored."""
+
+    def on_remove(self, key: Key) -> None:
+        """A block left, evicted or not; KeyError where it is not resident."""
+
+    def victims(self) -> Iterator[Key]:
+        """The blocks to evict, first to leave first."""
+
+    def __len__(self) -> int:
+        """How many blocks are resident."""
