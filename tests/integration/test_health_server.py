@@ -30,7 +30,7 @@ def refuses_connections(port):
 
 
 async def test_healthz_answers_what_the_check_says(client):
-    health = (True, {"free_nbytes": 7})
+    health: tuple[bool, dict[str, object]] = (True, {"free_nbytes": 7})
     async with HealthServer(HERE, 0, check=lambda: health) as server:
         url = f"http://{HERE}:{server.port}/healthz"
         answer = await client.get(url)

@@ -30,8 +30,13 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH_OF_A_FILE)
 
 
-def _show(report: Report) -> None:
-    _console().print(table_of(report))
+def _run_and_show(name: str, options: registry.BenchOptions) -> Report:
+    bench = registry.load(name)
+    console = _console()
+    console.print(bench.QUESTION, markup=False)
+    report = bench.run(options)
+    console.print(table_of(report))
+    return report
 
 
 class _Benches(click.Group):
@@ -65,12 +70,11 @@ def _bench_command(name: str) -> click.Command:
     @click.option("--strict", is_flag=True, help="Exit with 1 where a goal does not hold.")
     def command(json_path: Path | None, runs: int, smoke: bool, strict: bool) -> None:
         try:
-            report = registry.load(name).run(registry.BenchOptions(runs=runs, smoke=smoke))
+            report = _run_and_show(name, registry.BenchOptions(runs=runs, smoke=smoke))
             if json_path is not None:
                 report.write(json_path)
         except SnowskinError as error:
             raise click.ClickException(str(error)) from error
-        _show(report)
         if strict and report.missed:
             missed = "; ".join(f"{row.name}: {row.goal}" for row in report.missed)
             raise click.ClickException(f"{len(report.missed)} goals do not hold: {missed}")
@@ -88,7 +92,7 @@ def run_all_briefly() -> None:
     """Run every benchmark once, as small as it goes."""
     for name in sorted(registry.BENCHES):
         try:
-            _show(registry.load(name).run(registry.BenchOptions(runs=1, smoke=True)))
+            _run_and_show(name, registry.BenchOptions(runs=1, smoke=True))
         except SnowskinError as error:
             raise click.ClickException(f"{name}: {error}") from error
 

@@ -147,4 +147,6 @@ def test_stderr_is_the_default(logging_restored, capsys, monkeypatch):
     configure_logging("node")
     get_logger("snowskin.x").info("here")
     assert "event=here" in capsys.readouterr().err
-    assert logging.getLogger().handlers[0].stream is sys.stderr
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, logging.StreamHandler)
+    assert handler.stream is sys.stderr

@@ -50,6 +50,7 @@ def run(*args):
 def test_a_benchmark_runs_by_its_name_and_writes_its_file(toy, tmp_path):
     ran = run("toy", "--json", tmp_path / "a.json", "--runs", "3")
     assert ran.exit_code == 0, ran.output
+    assert "How fast is nothing?" in ran.output
     assert "value <= 1" in ran.output
     assert toy.asked == [registry.BenchOptions(runs=3, smoke=False)]
     assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["holds"] is False
