@@ -1,0 +1,126 @@
+"""Arenas: sealed, counted, and gone when closed."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from snowskin.kvstore.errors import BadSetting, PoolExhausted
+from snowskin.kvstore.pool import arena as arena_module
+from snowskin.kvstore.pool.arena import Arena, available_nbytes
+from snowskin.transport.errors import TransportClosed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGE = mmap.PAGESIZE
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def num_mappings(name: str) -> int:
+    with open("/proc/self/maps", encoding="ascii") as maps:
+        return sum(f"memfd:snowskin-{name}" in line for line in maps)
+
+
+def test_reader_sees_what_is_written_and_cannot_write() -> None:
+    with Arena(3 * PAGE, name="a", tenant="t") as arena:
+        arena.buffer[5] = 42
+        fd = arena.open_read_only()
+        with mmap.mmap(fd, arena.nbytes, prot=mmap.PROT_READ) as mapped:
+            assert mapped[5] == 42
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, arena.nbytes, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.write(fd, b"x")
+        os.close(fd)
+
+
+def test_writer_writes_but_cannot_resize_or_unseal() -> None:
+    with Arena(PAGE, name="a", tenant="t") as arena:
+        fd = arena.open_read_write()
+        os.pwrite(fd, b"x", 7)
+        assert arena.buffer[7] == ord("x")
+        for nbytes in (0, 2 * PAGE):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, nbytes)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        os.close(fd)
+
+
+def test_size_is_whole_pages_that_exist() -> None:
+    with Arena(PAGE + 1, name="a", tenant="t") as arena:
+        assert arena.nbytes == arena.buffer.nbytes == 2 * PAGE
+        fd = arena.open_read_only()
+        assert os.fstat(fd).st_blocks * 512 == 2 * PAGE
+        os.close(fd)
+
+
+def test_closing_twice_leaves_no_descriptor_and_no_mapping() -> None:
+    before = num_descriptors()
+    arena = Arena(PAGE, name="closing", tenant="t", populate=True)
+    assert arena.populated(5)
+    assert num_mappings("closing") == 1
+    arena.close()
+    arena.close()
+    assert (num_descriptors(), num_mappings("closing")) == (before, 0)
+    for use in (arena.open_read_only, arena.open_read_write, lambda: arena.buffer):
+        with pytest.raises(TransportClosed, match="closing"):
+            use()
+
+
+def test_view_that_outlives_the_arena_stays_readable() -> None:
+    arena = Arena(PAGE, name="outlived", tenant="t")
+    arena.buffer[:] = 3
+    view = arena.buffer[:10]
+    arena.close()
+    assert view.tolist() == [3] * 10
+    del view
+    gc.collect()
+    assert num_mappings("outlived") == 0
+
+
+def test_no_memory_is_an_error_that_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = num_descriptors()
+
+    def full(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(PoolExhausted, match="refused 4096 bytes"):
+        Arena(PAGE, name="a", tenant="t")
+    monkeypatch.setattr(arena_module, "available_nbytes", lambda: PAGE)
+    with pytest.raises(PoolExhausted, match="8192 bytes wanted, 4096 available"):
+        Arena(2 * PAGE, name="a", tenant="t")
+    with pytest.raises(BadSetting, match="lower the pool's size"):
+        Arena(1 << 60, name="a", tenant="t")
+    assert num_descriptors() == before
+
+
+def test_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(arena_module, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("9000\n")
+    (tmp_path / "memory.current").write_text("5000\n")
+    assert available_nbytes() == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_nbytes() > 4000
+
+
+def test_empty_arena_is_refused() -> None:
+    with pytest.raises(BadSetting, match="0 bytes"):
+        Arena(0, name="a", tenant="t")
+
+
+def test_huge_pages_are_reported_within_the_arena() -> None:
+    with Arena(4 << 20, name="a", tenant="t") as arena:
+        np.copyto(arena.buffer, 1)
+        assert 0 <= arena.huge_page_nbytes() <= arena.nbytes
