@@ -63,3 +63,24 @@ class LogitsNotFinite(SnowskinError):
     """The model computed NaN or infinity: its weights or the KV bytes under it are broken."""
 
     status = "DATA_LOSS"
+
+
+# --- on an instance: it cannot take the request, or cannot finish it
+
+
+class InstanceOverloaded(SnowskinError):
+    """As many requests wait at this instance as it lets wait."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class InstanceDraining(SnowskinError):
+    """The instance is shutting down: it takes no new requests, and ended what was still running."""
+
+    status = "UNAVAILABLE"
+
+
+class HandoffMissing(SnowskinError):
+    """Decode was started, and its hand-off did not come."""
+
+    status = "DEADLINE_EXCEEDED"

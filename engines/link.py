@@ -1,0 +1,224 @@
+"""An instance's link to its own node: KV blocks of its memory in, KV blocks out.
+
+Rules kept here: a lost node is an error of the call at hand and never of the process; the link
+comes back by itself, in the background, with the node's next epoch; while it is down every call
+fails at once. A transfer that has begun ends before its caller goes on, cancelled or not, because
+it touches the caller's blocks; that is why each one has a short deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from snowskin.engines.cancellation import outlast
+from snowskin.kvstore.errors import NodeUnavailable
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.errors import SnowskinError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.kvstore.client.store import Published, Pulled, StoreClient
+    from snowskin.transport.memory import MemoryRegion
+
+BACKOFF_S = (0.05, 0.1, 0.2, 0.5)
+LOOK_S = 0.25  # how soon a node that died between two calls is noticed
+
+T = TypeVar("T")
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """A connected client, and the instance's KV memory registered with it."""
+
+    client: StoreClient
+    region: MemoryRegion
+
+
+class StoreLink:
+    """Publishes and pulls blocks of one KV memory; `run` keeps it connected."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[StoreClient]],
+        memory: npt.NDArray[np.uint8],
+        *,
+        namespace: bytes,
+        block_nbytes: int,
+    ) -> None:
+        """`memory` holds block b at `b * block_nbytes`; `connect` makes a new client."""
+        self.namespace = namespace
+        self.block_nbytes = block_nbytes
+        self._connect = connect
+        self._memory = memory
+        self._connection: _Connection | None = None
+        self._lost = asyncio.Event()
+        self._found = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the node answered last."""
+        return self._connection is not None and self._connection.client.connected
+
+    async def wait_connected(self) -> None:
+        """Returns once the link is up; the caller bounds the wait."""
+        await self._found.wait()
+
+    async def run(self) -> None:
+        """Connects, and connects again whenever the node was lost, until cancelled."""
+        num_failures = 0
+        try:
+            while True:
+                try:
+                    await self._open()
+                except SnowskinError as error:
+                    if num_failures == 0:
+                        log.warning("node unreachable", error=str(error))
+                    backoff_s = BACKOFF_S[min(num_failures, len(BACKOFF_S) - 1)]
+                    num_failures += 1
+                    await asyncio.sleep(backoff_s)
+                    continue
+                num_failures = 0
+                await self._until_lost()
+                await self._close()
+                log.warning("node lost")
+        finally:
+            await outlast(self._close())
+
+    async def publish(
+        self,
+        keys: KeyColumn,
+        block_ids: Sequence[int],
+        *,
+        parent_key: bytes,
+        one_reader: bool,
+        timeout_s: float,
+        request_id: str,
+    ) -> Published:
+        """Makes blocks readable for others, as `StoreClient.publish`."""
+        connection = self._get()
+        return await self._guard(
+            connection,
+            connection.client.publish(
+                namespace=self.namespace,
+                keys=keys,
+                parent_key=parent_key,
+                block_nbytes=self.block_nbytes,
+                local=connection.region,
+                local_offsets=self._offsets(block_ids),
+                one_reader=one_reader,
+                timeout_s=timeout_s,
+                request_id=request_id,
+            ),
+        )
+
+    async def publish_tail(self, block_id: int, *, timeout_s: float, request_id: str) -> Published:
+        """Leaves one whole block for the request's one reader, as `StoreClient.publish_tail`."""
+        connection = self._get()
+        return await self._guard(
+            connection,
+            connection.client.publish_tail(
+                namespace=self.namespace,
+                tail_id=request_id,
+                local=connection.region,
+                local_offset=block_id * self.block_nbytes,
+                nbytes=self.block_nbytes,
+                timeout_s=timeout_s,
+                request_id=request_id,
+            ),
+        )
+
+    async def pull(
+        self,
+        keys: KeyColumn,
+        block_ids: Sequence[int],
+        *,
+        wait_blocks: int = 0,
+        timeout_s: float,
+        request_id: str,
+    ) -> Pulled:
+        """Fetches the longest run that the node has, as `StoreClient.pull`."""
+        connection = self._get()
+        return await self._guard(
+            connection,
+            connection.client.pull(
+                namespace=self.namespace,
+                keys=keys,
+                block_nbytes=self.block_nbytes,
+                local=connection.region,
+                local_offsets=self._offsets(block_ids),
+                wait_blocks=wait_blocks,
+                timeout_s=timeout_s,
+                request_id=request_id,
+            ),
+        )
+
+    async def pull_tail(self, block_id: int, *, timeout_s: float, request_id: str) -> Pulled:
+        """Fetches the request's tail into one block, as `StoreClient.pull_tail`."""
+        connection = self._get()
+        return await self._guard(
+            connection,
+            connection.client.pull_tail(
+                namespace=self.namespace,
+                tail_id=request_id,
+                nbytes=self.block_nbytes,
+                local=connection.region,
+                local_offset=block_id * self.block_nbytes,
+                timeout_s=timeout_s,
+                request_id=request_id,
+            ),
+        )
+
+    def _offsets(self, block_ids: Sequence[int]) -> list[int]:
+        return [block_id * self.block_nbytes for block_id in block_ids]
+
+    def _get(self) -> _Connection:
+        if self._connection is None:
+            raise NodeUnavailable(
+                "this instance's node is not connected",
+                hint="check that the node runs; the link comes back by itself",
+                retry_after_s=BACKOFF_S[-1],
+            )
+        return self._connection
+
+    async def _guard(self, connection: _Connection, call: Awaitable[T]) -> T:
+        try:
+            return await outlast(call)
+        except NodeUnavailable:
+            if connection is self._connection:
+                self._lost.set()
+            raise
+
+    async def _open(self) -> None:
+        client = await self._connect()
+        try:
+            region = client.register(self._memory)
+        except BaseException:
+            await outlast(client.close())
+            raise
+        self._lost.clear()
+        self._connection = _Connection(client, region)
+        self._found.set()
+        log.info("node connected", node=client.node_id, epoch=client.node_epoch)
+
+    async def _until_lost(self) -> None:
+        while self.connected and not self._lost.is_set():
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._lost.wait()
+            except TimeoutError:
+                continue  # look again
+
+    async def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        self._found.clear()
+        if connection is not None:
+            await connection.client.close()
+            connection.region.close()

@@ -1,0 +1,257 @@
+"""A prefill instance: pull what is cached, compute the rest in chunks, publish, hand off.
+
+Rules kept here: prompts are computed one at a time in the order of asking; at most (n - 1) // B
+cached blocks are used, so that at least one token is computed and gives the first logits; each
+chunk's full blocks are published while the next chunk is computed, and the answer leaves only after
+the last commit, so that whoever reads after it need not wait; a store that fails costs computation
+and never the request. KV blocks are given back on every way out.
+
+    hold KV blocks -> [turn: pull cached -> chunk ... chunk -> sample] -> last publish, tail -> free
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snowskin.engines.errors import InstanceDraining, InstanceOverloaded
+from snowskin.engines.kv_room import KvRoom
+from snowskin.engines.messages import (
+    CachePolicy,
+    Handoff,
+    InstanceLoad,
+    PrefillResponse,
+    PrefillStats,
+)
+from snowskin.engines.meter import Meter
+from snowskin.engines.model.sampler import SampledToken
+from snowskin.engines.publisher import BlockPublisher, PublishRules
+from snowskin.engines.runner import Draw
+from snowskin.engines.sequence import Drawn, KeyChain, Sequence
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.errors import SnowskinError
+
+if TYPE_CHECKING:
+    from snowskin.engines.limits import EngineLimits
+    from snowskin.engines.link import StoreLink
+    from snowskin.engines.messages import PrefillRequest
+    from snowskin.engines.runner import ModelRunner
+
+MAX_PUBLISHES = 2  # of the whole instance at once, a chunk each: what may be reserved, uncommitted
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one prefill did, while it does it."""
+
+    began_s: float
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_blocks_pulled: int = 0
+    pulled_nbytes: int = 0
+    num_blocks_corrupt: int = 0
+    queue_s: float = 0.0
+    pull_s: float = 0.0
+    compute_s: float = 0.0
+
+
+class PrefillInstance:
+    """Computes prompts.
+
+    Attributes:
+        draining: new requests are refused.
+        num_pull_failures: prompts whose cached blocks could not be asked for.
+        num_publish_failures: prompts whose KV could not be published whole.
+        meter: what is measured on the way.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, link: StoreLink, limits: EngineLimits, *, node_address: str = ""
+    ) -> None:
+        """`node_address` is told in hand-offs: where the KV lies."""
+        self.draining = False
+        self.num_pull_failures = 0
+        self.num_publish_failures = 0
+        self.meter = Meter()
+        self._runner = runner
+        self._link = link
+        self._limits = limits
+        self._node_address = node_address
+        # Who waits is bounded in `_admit`, before anything is asked of the room.
+        self._room = KvRoom(
+            runner.memory, max_held=limits.max_running, max_waiting=limits.max_waiting
+        )
+        self._turn = asyncio.Lock()
+        self._publish_gate = asyncio.Semaphore(MAX_PUBLISHES)
+        self._active: set[Sequence] = set()
+        self._waiting: set[Sequence] = set()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests under way."""
+        return len(self._active)
+
+    def load(self) -> InstanceLoad:
+        """What the instance is doing now."""
+        memory = self._runner.memory
+        return InstanceLoad(
+            num_waiting=len(self._waiting),
+            num_running=len(self._active) - len(self._waiting),
+            num_waiting_tokens=sum(
+                sequence.num_prompt_tokens - sequence.num_computed for sequence in self._active
+            ),
+            num_kv_blocks=memory.num_blocks,
+            num_kv_blocks_free=memory.num_free,
+            num_tokens_computed=self._runner.num_tokens_computed,
+            prefill_tokens_per_s=self.meter.prefill_tokens_per_s.value,
+            pull_bytes_per_s=self.meter.pull_bytes_per_s.value,
+            decode_step_s=0.0,
+        )
+
+    async def prefill(self, request: PrefillRequest) -> PrefillResponse:
+        """Computes one prompt; a cancelled call ends after the chunk under way.
+
+        Raises:
+            SnowskinError: what `EngineLimits.check` refuses; InstanceOverloaded, InstanceDraining;
+                LogitsNotFinite.
+        """
+        prompt = request.prompt
+        self._limits.check(request.request_id, prompt)
+        self._admit()
+        num_tokens = len(prompt.token_ids)
+        max_tokens = self._limits.max_new_tokens(num_tokens, request.sampling.max_tokens)
+        sequence = Sequence(
+            request_id=request.request_id,
+            token_ids=list(prompt.token_ids),
+            block_ids=[],
+            sampling=request.sampling,
+            max_length=num_tokens + max_tokens,
+        )
+        tally = _Tally(began_s=time.monotonic())
+        self._active.add(sequence)
+        self._waiting.add(sequence)
+        try:
+            async with self._room.hold(self._limits.num_blocks(num_tokens)) as block_ids:
+                sequence.block_ids = block_ids
+                return await self._run(request, sequence, tally)
+        finally:
+            self._active.discard(sequence)
+            self._waiting.discard(sequence)
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise InstanceDraining(
+                "this prefill instance is shutting down", hint="use another", retry_after_s=1.0
+            )
+        if len(self._waiting) >= self._limits.max_waiting:
+            raise InstanceOverloaded(
+                f"{len(self._waiting)} prompts wait here, {self._limits.max_waiting} may",
+                hint="send the request to another instance, or later",
+                retry_after_s=1.0,
+            )
+
+    async def _run(
+        self, request: PrefillRequest, sequence: Sequence, tally: _Tally
+    ) -> PrefillResponse:
+        limits, prompt = self._limits, request.prompt
+        keys = KeyChain(prompt, limits.block_size)
+        rules = PublishRules(
+            max_blocks=limits.chunk_tokens // limits.block_size,
+            one_reader=prompt.cache_policy is CachePolicy.OFF,
+            timeout_s=limits.publish_timeout_s,
+            gate=self._publish_gate,
+        )
+        num_tokens = len(prompt.token_ids)
+        has_tail = num_tokens % limits.block_size > 0
+        async with BlockPublisher(
+            self._link, keys, sequence.block_ids, rules, request_id=request.request_id
+        ) as publisher:
+            async with self._turn:
+                self._waiting.discard(sequence)
+                tally.queue_s = time.monotonic() - tally.began_s
+                if prompt.cache_policy is not CachePolicy.OFF:
+                    await self._pull_cached(sequence, keys, tally)
+                publisher.skip(sequence.num_computed // limits.block_size)
+                if has_tail:
+                    # Its whole block travels; the slots behind the prompt must be nobody's bytes.
+                    self._runner.memory.zero(sequence.block_ids[-1])
+                drawn = await self._compute(sequence, publisher, tally)
+            await publisher.finish()
+            tail_sent = has_tail and await publisher.publish_tail(sequence.block_ids[-1])
+        self.num_publish_failures += publisher.failed
+        return PrefillResponse(
+            handoff=Handoff(
+                first_token_id=drawn.token_id,
+                position=num_tokens,
+                tail_nbytes=self._link.block_nbytes if tail_sent else 0,
+                node_address=self._node_address,
+                finish_reason=drawn.finish_reason,
+            ),
+            stats=_stats(num_tokens, tally, publisher),
+        )
+
+    async def _pull_cached(self, sequence: Sequence, keys: KeyChain, tally: _Tally) -> None:
+        num_blocks = (len(sequence.token_ids) - 1) // self._limits.block_size
+        if num_blocks == 0:
+            return
+        began_s = time.monotonic()
+        try:
+            pulled = await self._link.pull(
+                keys.column(0, num_blocks),
+                sequence.block_ids[:num_blocks],
+                timeout_s=self._limits.pull_timeout_s,
+                request_id=sequence.request_id,
+            )
+        except SnowskinError as error:
+            self.num_pull_failures += 1
+            log.warning("pull failed, computing", reason=error.reason, error=str(error))
+            return
+        finally:
+            tally.pull_s = time.monotonic() - began_s
+        # Blocks before a corrupt one are good; what follows is computed again.
+        sequence.num_computed = pulled.num_blocks * self._limits.block_size
+        tally.num_cached_tokens = sequence.num_computed
+        tally.num_blocks_pulled = pulled.num_blocks
+        tally.pulled_nbytes = pulled.nbytes
+        tally.num_blocks_corrupt = len(pulled.corrupt_blocks)
+        self.meter.pulled(nbytes=pulled.nbytes, seconds=pulled.seconds)
+
+    async def _compute(self, sequence: Sequence, publisher: BlockPublisher, tally: _Tally) -> Drawn:
+        while True:
+            num_tokens = min(self._limits.chunk_tokens, sequence.num_pending)
+            is_last = num_tokens == sequence.num_pending
+            draw = Draw(sequence.sampling, len(sequence.token_ids)) if is_last else None
+            step = await self._runner.step([sequence.span(num_tokens)], [draw])
+            sequence.num_computed += num_tokens
+            tally.num_computed_tokens += num_tokens
+            tally.compute_s += step.seconds
+            self.meter.prefilled(num_tokens=num_tokens, seconds=step.seconds)
+            publisher.ready(sequence.num_computed // self._limits.block_size)
+            if is_last:
+                (token,) = step.tokens
+                if not isinstance(token, SampledToken):
+                    assert token is not None, "the last chunk draws"
+                    raise token
+                return sequence.append(token.token_id)
+
+
+def _stats(num_tokens: int, tally: _Tally, publisher: BlockPublisher) -> PrefillStats:
+    assert tally.num_cached_tokens + tally.num_computed_tokens == num_tokens
+    return PrefillStats(
+        num_prompt_tokens=num_tokens,
+        num_cached_tokens=tally.num_cached_tokens,
+        num_computed_tokens=tally.num_computed_tokens,
+        num_blocks_pulled=tally.num_blocks_pulled,
+        pulled_nbytes=tally.pulled_nbytes,
+        num_blocks_published=publisher.num_blocks,
+        published_nbytes=publisher.nbytes,
+        num_blocks_corrupt=tally.num_blocks_corrupt,
+        queue_s=tally.queue_s,
+        pull_s=tally.pull_s,
+        compute_s=tally.compute_s,
+        publish_s=publisher.seconds,
+    )

@@ -1,0 +1,215 @@
+"""A tiny model, its straight generation, and instances over one store: what engine tests start from."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import tempfile
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from snowskin.engines.decode import DecodeInstance
+from snowskin.engines.limits import EngineLimits
+from snowskin.engines.link import StoreLink
+from snowskin.engines.messages import CachePolicy, DecodeStart, PrefillRequest, Prompt
+from snowskin.engines.model.kv_memory import KvMemory
+from snowskin.engines.model.llama import LlamaModel, Span, load_model
+from snowskin.engines.model.random_model import make_random_model
+from snowskin.engines.model.sampler import SamplingParams, sample
+from snowskin.engines.prefill import PrefillInstance
+from snowskin.engines.runner import ModelRunner
+from snowskin.kvstore.blocks import KeyColumn, block_hashes
+
+NAMESPACE = b"n" * 32
+BLOCK_SIZE = 4
+CHUNK_TOKENS = 16
+
+
+@functools.cache
+def model_directory() -> Path:
+    """A random model of two layers, made once."""
+    root = Path(tempfile.gettempdir()) / f"snowskin-tests-{_user()}"
+    directory = root / "tiny-engine-model"
+    make_random_model(
+        directory,
+        layers=2,
+        hidden=64,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        intermediate=128,
+        max_position=512,
+    )
+    return directory
+
+
+def _user() -> int:
+    import os
+
+    return os.getuid()
+
+
+def new_model() -> LlamaModel:
+    return load_model(model_directory())
+
+
+def prompt_tokens(num_tokens: int, seed: int = 0) -> list[int]:
+    """Printable bytes, other ones for each seed."""
+    return np.random.default_rng(seed).integers(32, 127, num_tokens).tolist()
+
+
+def straight(token_ids: list[int], sampling: SamplingParams, max_length: int = 512) -> list[int]:
+    """The answer of the model alone: one prefill, then token by token."""
+    model = _reference()
+    memory = KvMemory(model.config, -(-512 // BLOCK_SIZE), BLOCK_SIZE)
+    block_ids = memory.allocate(memory.num_blocks)
+    known, answer, start = list(token_ids), [], 0
+    while True:
+        span = Span(token_ids=known[start:], start=start, block_ids=block_ids)
+        start = len(known)
+        token = sample(model.forward([span], memory)[0], sampling, len(known)).token_id
+        known.append(token)
+        answer.append(token)
+        if token in sampling.stop_token_ids or len(answer) == sampling.max_tokens:
+            return answer
+        if len(known) == max_length:
+            return answer
+
+
+@functools.cache
+def _reference() -> LlamaModel:
+    return new_model()
+
+
+def make_prompt(
+    token_ids, *, policy=CachePolicy.READ_WRITE, salt="", block_size=BLOCK_SIZE, namespace=NAMESPACE
+) -> Prompt:
+    hashes = block_hashes(token_ids, block_size, cache_salt=salt or None)
+    return Prompt(
+        token_ids=tuple(token_ids),
+        block_keys=KeyColumn.of(hashes),
+        namespace=namespace,
+        cache_policy=policy,
+    )
+
+
+def make_limits(**changes) -> EngineLimits:
+    values = {
+        "namespace": NAMESPACE,
+        "vocab_size": _reference().config.vocab_size,
+        "block_size": BLOCK_SIZE,
+        "max_context_tokens": 512,
+        "chunk_tokens": CHUNK_TOKENS,
+    }
+    return EngineLimits(**(values | changes))
+
+
+@dataclass
+class Answer:
+    """What a decode told."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    stats: object = None
+
+    async def emit(self, output) -> None:
+        self.token_ids += output.token_ids
+        if output.finish_reason:
+            assert not self.finish_reason, "the end is told once"
+            self.finish_reason, self.stats = output.finish_reason, output.stats
+
+
+@dataclass
+class Bench:
+    """One prefill and one decode instance, each with a memory of its own, over one store."""
+
+    prefill: PrefillInstance
+    decode: DecodeInstance
+    prefill_runner: ModelRunner
+    decode_runner: ModelRunner
+    prefill_link: StoreLink
+    decode_link: StoreLink
+
+    def num_free(self) -> tuple[int, int]:
+        return self.prefill_runner.memory.num_free, self.decode_runner.memory.num_free
+
+    def all_free(self) -> bool:
+        self.prefill_runner.memory.check()
+        self.decode_runner.memory.check()
+        return self.num_free() == (
+            self.prefill_runner.memory.num_blocks,
+            self.decode_runner.memory.num_blocks,
+        )
+
+    async def run_prefill(self, prompt, sampling, request_id="r"):
+        return await self.prefill.prefill(
+            PrefillRequest(request_id=request_id, prompt=prompt, sampling=sampling)
+        )
+
+    async def run_decode(
+        self, prompt, sampling, handoff, request_id="r", answer=None, timeout_s=20.0
+    ) -> Answer:
+        answer = answer or Answer()
+        future = handoff
+        if not isinstance(handoff, asyncio.Future):
+            future = asyncio.get_running_loop().create_future()
+            future.set_result(handoff)
+        start = DecodeStart(
+            request_id=request_id, prompt=prompt, sampling=sampling, handoff_timeout_s=timeout_s
+        )
+        await self.decode.decode(start, future, answer.emit)
+        return answer
+
+    async def run(self, token_ids, sampling, *, request_id="r", policy=CachePolicy.READ_WRITE):
+        """Both at once, as the conductor does; all tokens, prefill's answer, decode's answer."""
+        salt = request_id if policy is CachePolicy.OFF else ""
+        prompt = make_prompt(token_ids, policy=policy, salt=salt)
+        handoff = asyncio.get_running_loop().create_future()
+
+        async def prefilled():
+            response = await self.run_prefill(prompt, sampling, request_id)
+            handoff.set_result(response.handoff)
+            return response
+
+        response, answer = await asyncio.gather(
+            prefilled(), self.run_decode(prompt, sampling, handoff, request_id)
+        )
+        return [response.handoff.first_token_id, *answer.token_ids], response, answer
+
+
+@asynccontextmanager
+async def open_bench(
+    connect, *, num_blocks=256, block_size=BLOCK_SIZE, limits=None, memory_of=None
+):
+    """Instances over the store that `connect` reaches; both links are up."""
+    limits = limits or make_limits()
+    async with AsyncExitStack() as stack:
+        runners, links, tasks = [], [], []
+        for _ in range(2):
+            model = new_model()
+            memory = KvMemory(model.config, num_blocks, block_size)
+            runner = await stack.enter_async_context(ModelRunner(model, memory))
+            link = StoreLink(
+                connect,
+                memory.host_view(),
+                namespace=limits.namespace,
+                block_nbytes=memory.block_nbytes,
+            )
+            runners.append(runner)
+            links.append(link)
+            tasks.append(asyncio.create_task(link.run()))
+        decode = DecodeInstance(runners[1], links[1], limits)
+        prefill = PrefillInstance(runners[0], links[0], limits, node_address="node")
+        tasks.append(asyncio.create_task(decode.run()))
+        try:
+            async with asyncio.timeout(5):
+                for link in links:
+                    await link.wait_connected()
+            yield Bench(prefill, decode, *runners, *links)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
