@@ -102,6 +102,21 @@ class SessionEnded(SnowskinError):
     status = "CANCELLED"
 
 
+# --- in the client
+
+
+class ClientClosed(SnowskinError):
+    """The client was closed before this call."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ClientForked(SnowskinError):
+    """The process forked after the client connected; a connection cannot serve two processes."""
+
+    status = "FAILED_PRECONDITION"
+
+
 # --- on the way
 
 

@@ -19,7 +19,6 @@ SessionId = NewType("SessionId", int)
 LeaseId = NewType("LeaseId", int)
 
 WIRE_VERSION = 1
-CHECKSUM_NBYTES = 4
 
 
 class WakeReason(IntEnum):

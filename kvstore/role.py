@@ -12,9 +12,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import uvloop
 
@@ -22,6 +21,9 @@ from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadRequest, BadSetting
 from snowskin.kvstore.telemetry import configure_logging, get_logger
 from snowskin.transport.errors import SnowskinError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 _PR_SET_PDEATHSIG = 1
 

@@ -19,7 +19,6 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from snowskin.v1 import common_pb2
 
 from snowskin.kvstore.errors import (
     AddressInUse,
@@ -29,6 +28,7 @@ from snowskin.kvstore.errors import (
 )
 from snowskin.kvstore.telemetry import bind_request, get_logger
 from snowskin.transport.errors import SnowskinError
+from snowskin.v1 import common_pb2
 
 REQUEST_ID_HEADER = "x-request-id"
 ERROR_HEADER = "snowskin-error-bin"
@@ -108,9 +108,7 @@ def error_to_detail(error: SnowskinError) -> common_pb2.ErrorDetail:
 def detail_to_error(detail: common_pb2.ErrorDetail) -> SnowskinError:
     """The same error on the other side."""
     retry_after_s = detail.retry_after_ms / 1000 if detail.HasField("retry_after_ms") else None
-    return from_reason(
-        detail.reason, detail.message, hint=detail.hint, retry_after_s=retry_after_s
-    )
+    return from_reason(detail.reason, detail.message, hint=detail.hint, retry_after_s=retry_after_s)
 
 
 def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:
@@ -131,8 +129,7 @@ def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:
         return NodeUnavailable(
             f"{peer} cannot be reached: {text}", hint="check that it runs and its address is right"
         )
-    failed = from_reason(code.name, f"{peer} answered {code.name}: {text}")
-    return failed
+    return from_reason(code.name, f"{peer} answered {code.name}: {text}")
 
 
 @contextmanager

@@ -1,0 +1,292 @@
+"""The way through the local door, on an asyncio loop: calls on a Unix socket, bytes by shared memory.
+
+Rules kept here: pools are mapped once, when the session opens, and unmapped when it ends. An answer that comes too late
+is given back. When `move` returns or raises, nothing of it can land in a pool any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+
+from snowskin.kvstore.client.machine import Conversation, Move
+from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
+from snowskin.kvstore.frames import MAX_FRAME_NBYTES
+from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.descriptor import RegionDescriptor
+from snowskin.transport.errors import SnowskinError
+from snowskin.transport.shm import AttachedMemory, ShmTransport
+
+RECV_NBYTES = 256 << 10
+MAX_POOLS = 64
+MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
+SETTLE_LOOK_S = 0.002
+
+log = get_logger(__name__)
+
+
+def connect_socket(path: str, timeout_s: float) -> socket.socket:
+    """A connected socket to a door; raises NodeUnavailable or BadSetting."""
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    door.settimeout(timeout_s)
+    try:
+        door.connect(path)
+    except OSError as error:
+        door.close()
+        if "too long" in str(error):
+            raise BadSetting(f"door path {path}: {error}", hint="use a shorter path") from error
+        raise NodeUnavailable(
+            f"no node answers on {path}: {error.strerror or error}",
+            hint="start one with `snowskin node --door PATH`, or check the path",
+        ) from error
+    return door
+
+
+def attach_pools(
+    transport: ShmTransport, greeting: Greeting, descriptors: list[int], access: Access
+) -> dict[int, AttachedMemory]:
+    """Maps the pools that a greeting grants; takes over and closes the descriptors."""
+    try:
+        if len(descriptors) != len(greeting.pools):
+            raise NodeUnavailable(
+                f"{len(descriptors)} descriptors came for {len(greeting.pools)} pools",
+                hint="raise the limit of open files (ulimit -n)",
+            )
+        return {
+            pool.pool_id: transport.attach(
+                RegionDescriptor.from_bytes(pool.region),
+                fd=descriptor,
+                writable=access is Access.WRITE,
+            )
+            for pool, descriptor in zip(greeting.pools, descriptors, strict=True)
+        }
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+class DoorConnection:
+    """A session on a local door."""
+
+    def __init__(
+        self,
+        door: socket.socket,
+        conversation: Conversation,
+        transport: ShmTransport,
+        pools: dict[int, AttachedMemory],
+    ) -> None:
+        """Use `open`."""
+        assert conversation.greeting is not None, "a connection begins after the greeting"
+        self.node_id = conversation.greeting.node_id
+        self.node_epoch = conversation.greeting.node_epoch
+        self._door = door
+        self._conversation = conversation
+        self._transport = transport
+        self._pools = pools
+        self._waiting: dict[int, asyncio.Future[ReplyMessage]] = {}
+        self._unsent = bytearray()
+        self._open = True
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(door.fileno(), self._on_readable)
+
+    @classmethod
+    async def open(
+        cls, path: str, client_name: str, access: Access, *, timeout_s: float
+    ) -> DoorConnection:
+        """Connects, greets, maps the pools."""
+        conversation = Conversation()
+        transport = ShmTransport()
+        loop = asyncio.get_running_loop()
+        door = connect_socket(path, timeout_s)
+        descriptors: list[int] = []
+        try:
+            door.setblocking(False)
+            await loop.sock_sendall(door, conversation.hello(client_name, access))
+            async with asyncio.timeout(timeout_s):
+                while conversation.greeting is None:
+                    data, received = await _receive_with_descriptors(door)
+                    descriptors += received
+                    if not data:
+                        raise NodeUnavailable(f"the node on {path} closed the connection")
+                    conversation.receive(data)
+            pools = attach_pools(transport, conversation.greeting, descriptors, access)
+            return cls(door, conversation, transport, pools)
+        except BaseException as error:
+            door.close()
+            transport.close()
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            if isinstance(error, TimeoutError):
+                raise NodeUnavailable(
+                    f"the node on {path} did not greet within {timeout_s} s",
+                    hint="it is stopped or overloaded",
+                ) from error
+            if isinstance(error, OSError):
+                raise NodeUnavailable(f"the node on {path}: {error}") from error
+            raise
+
+    @property
+    def connected(self) -> bool:
+        """False once the connection broke or was closed."""
+        return self._open
+
+    async def call(
+        self, request: Request, *, timeout_s: float, lease: Lease | None, request_id: str
+    ) -> ReplyMessage:
+        """One call and its answer."""
+        call_id, data = self._conversation.call(request, request_id)
+        future: asyncio.Future[ReplyMessage] = self._loop.create_future()
+        self._waiting[call_id] = future
+        timer = self._loop.call_later(timeout_s, self._on_late, call_id, timeout_s)
+        try:
+            self._send(data)
+            return await future
+        finally:
+            timer.cancel()
+            self._waiting.pop(call_id, None)
+            self._conversation.forget(call_id)
+
+    def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:
+        """A call that wants no answer."""
+        self._send(self._conversation.tell(request, request_id))
+
+    async def move(self, step: Move, *, request_id: str) -> None:
+        """Copies between local memory and the mapped pools."""
+        deadline_s = time.monotonic() + step.timeout_s
+        for pool_id, runs in step.runs:
+            pool = self._pools.get(pool_id)
+            if pool is None:
+                raise NodeUnavailable(
+                    f"the node speaks of pool {pool_id}, which it did not pass",
+                    hint="connect again",
+                )
+            if not step.is_push:
+                await self._transport.pull_async(
+                    pool, step.local, runs, deadline_s=deadline_s, landed=step.landed
+                )
+                continue
+            try:
+                await self._transport.push_async(
+                    step.local, pool, runs, deadline_s=deadline_s, landed=step.landed
+                )
+            finally:
+                # The caller will say that it writes no more: a piece that is under way must be done first.
+                while pool.memory.quarantined_nbytes and not pool.closed:  # noqa: ASYNC110  ends within a piece
+                    await asyncio.sleep(SETTLE_LOOK_S)
+
+    async def close(self) -> None:
+        """Ends the session; what waits fails with NodeUnavailable."""
+        self._break("closed by this side")
+
+    def _send(self, data: bytes) -> None:
+        if not self._open:
+            raise NodeUnavailable(
+                f"the connection to node {self.node_id} is broken", hint="connect again"
+            )
+        if not self._unsent:
+            try:
+                sent = self._door.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                self._break(str(error))
+                raise NodeUnavailable(
+                    f"the connection to node {self.node_id} broke: {error}", hint="connect again"
+                ) from error
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._unsent += data
+        if len(self._unsent) > MAX_UNSENT_NBYTES:
+            self._break("the node does not read")
+            raise NodeUnavailable(f"node {self.node_id} does not read its calls")
+        self._loop.add_writer(self._door.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        try:
+            sent = self._door.send(self._unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._break(str(error))
+            return
+        del self._unsent[:sent]
+        if not self._unsent:
+            self._loop.remove_writer(self._door.fileno())
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._door.recv(RECV_NBYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._break(str(error))
+            return
+        if not data:
+            self._break("the node closed the connection")
+            return
+        try:
+            answers, replies = self._conversation.receive(data)
+            for reply in replies:
+                self._send(reply)
+        except SnowskinError as error:
+            self._break(str(error))
+            return
+        for call_id, answer in answers:
+            self._resolve(call_id, answer)
+
+    def _resolve(self, call_id: int, answer: ReplyMessage | SnowskinError) -> None:
+        future = self._waiting.pop(call_id, None)
+        if future is None or future.done():
+            return
+        if isinstance(answer, SnowskinError):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+    def _on_late(self, call_id: int, timeout_s: float) -> None:
+        self._conversation.forget(call_id)
+        late = DeadlineExceeded(
+            f"node {self.node_id} did not answer within {timeout_s:.3f} s",
+            hint="it is stopped or overloaded",
+        )
+        self._resolve(call_id, late)
+
+    def _break(self, reason: str) -> None:
+        if not self._open:
+            return
+        self._open = False
+        log.debug("connection ended", node=self.node_id, reason=reason)
+        self._loop.remove_reader(self._door.fileno())
+        self._loop.remove_writer(self._door.fileno())
+        self._door.close()
+        self._transport.close()
+        for call_id, answer in self._conversation.closed():
+            self._resolve(call_id, answer)
+
+
+async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[int]]:
+    """The next bytes of a non-blocking socket, and what descriptors came with them."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(door, RECV_NBYTES, MAX_POOLS)
+        except (BlockingIOError, InterruptedError):
+            readable: asyncio.Future[None] = loop.create_future()
+            loop.add_reader(door.fileno(), _set_once, readable)
+            try:
+                await readable
+            finally:
+                loop.remove_reader(door.fileno())
+        else:
+            return data, descriptors
+
+
+def _set_once(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

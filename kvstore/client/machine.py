@@ -1,0 +1,477 @@
+"""What a client does, without I/O: the conversation of one connection, and the steps of a publish and of a pull.
+
+Rules kept here: nothing in this file waits. `Conversation` turns requests into bytes and bytes into answers; a lease
+that comes when nobody wants it any more is given back at once. A *flow* (`publish`, `pull`) is a
+generator of steps; a driver does each step and sends its result in, or throws its error in; so the asyncio and the
+blocking driver cannot differ in what they do, only in how they wait. Whatever ends a flow, its lease is given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snowskin.kvstore.checksum import RunningChecksums
+from snowskin.kvstore.errors import (
+    BadRequest,
+    ChecksumMismatch,
+    LeaseExpired,
+    NodeUnavailable,
+    ProtocolViolation,
+)
+from snowskin.kvstore.frames import FrameReader, frame
+from snowskin.kvstore.messages import (
+    WIRE_VERSION,
+    AbortRequest,
+    Access,
+    CommitRequest,
+    Committed,
+    Complaint,
+    Greeting,
+    Lease,
+    Matched,
+    MatchRequest,
+    ReleaseRequest,
+    ReplyMessage,
+    Request,
+    Reserved,
+    ReserveRequest,
+    Run,
+    TailSpec,
+    WakeReason,
+)
+from snowskin.kvstore.rpc import detail_to_error
+from snowskin.kvstore.wire import (
+    EMPTY_KEYS,
+    greeting_from,
+    parse,
+    reply_from,
+    request_to,
+)
+from snowskin.transport.api import Landed
+from snowskin.transport.api import Run as TransferRun
+from snowskin.transport.memory import MemoryRegion
+from snowskin.v1 import door_pb2
+
+if TYPE_CHECKING:
+    from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.transport.errors import SnowskinError
+
+# --- one connection to the local door
+
+Answer = tuple[int, "ReplyMessage | SnowskinError"]
+
+
+class Conversation:
+    """Calls and answers of one connection to a local door."""
+
+    def __init__(self) -> None:
+        """Nothing said yet."""
+        self.greeting: Greeting | None = None
+        self._reader = FrameReader()
+        self._last_call_id = 0
+        self._pending: set[int] = set()
+
+    def hello(self, client_name: str, access: Access) -> bytes:
+        """The first thing to send."""
+        request = door_pb2.DoorRequest(call_id=self._next_id())
+        request.hello.wire_version = WIRE_VERSION
+        request.hello.client_name = client_name
+        request.hello.access = access
+        self._pending.add(request.call_id)
+        return frame(request.SerializeToString())
+
+    def call(self, request: Request, request_id: str = "") -> tuple[int, bytes]:
+        """(call id, what to send) of a call that wants an answer."""
+        call_id = self._next_id()
+        data = self._encode(call_id, request, request_id)
+        self._pending.add(call_id)
+        return call_id, data
+
+    def tell(self, request: Request, request_id: str = "") -> bytes:
+        """What to send of a call that wants none."""
+        return self._encode(0, request, request_id)
+
+    def forget(self, call_id: int) -> None:
+        """Nobody waits for this answer any more."""
+        self._pending.discard(call_id)
+
+    def receive(self, data: bytes) -> tuple[list[Answer], list[bytes]]:
+        """Answers that `data` completes, and what to send in turn."""
+        answers: list[Answer] = []
+        replies: list[bytes] = []
+        for payload in self._reader.feed(data):
+            response = parse(door_pb2.DoorResponse, payload)
+            name = response.WhichOneof("response")
+            if name is None:
+                raise ProtocolViolation("the node answered in a way that this client does not know")
+            if name == "hello":
+                self.greeting = greeting_from(response.hello)
+                self._pending.discard(response.call_id)
+                continue
+            answer: ReplyMessage | SnowskinError
+            if name == "error":
+                answer = detail_to_error(response.error)
+                if response.call_id == 0:
+                    raise answer  # it cuts us off
+            else:
+                node_id = self.greeting.node_id if self.greeting else ""
+                answer = reply_from(name, getattr(response, name), node_id)
+            if response.call_id in self._pending:
+                self._pending.remove(response.call_id)
+                answers.append((response.call_id, answer))
+            elif (unwanted := giving_back(answer)) is not None:
+                replies.append(self.tell(unwanted))
+        return answers, replies
+
+    def closed(self) -> list[Answer]:
+        """The connection broke: what every call that waits is told."""
+        lost = [
+            (
+                call_id,
+                NodeUnavailable("the connection to the node broke", hint="connect again"),
+            )
+            for call_id in sorted(self._pending)
+        ]
+        self._pending.clear()
+        return list(lost)
+
+    def _next_id(self) -> int:
+        self._last_call_id = self._last_call_id % 0xFFFF_FFFF + 1
+        return self._last_call_id
+
+    def _encode(self, call_id: int, request: Request, request_id: str) -> bytes:
+        name, message = request_to(request)
+        envelope = door_pb2.DoorRequest(call_id=call_id, request_id=request_id)
+        getattr(envelope, name).MergeFrom(message)
+        getattr(envelope, name).SetInParent()
+        return frame(envelope.SerializeToString())
+
+
+def giving_back(answer: object) -> ReleaseRequest | AbortRequest | None:
+    """The request that ends the lease which came with an answer; None where none came."""
+    match answer:
+        case Matched(lease=Lease() as lease):
+            return ReleaseRequest(lease_ids=(lease.id,))
+        case Reserved(lease=Lease() as lease):
+            return AbortRequest(lease_id=lease.id)
+    return None
+
+
+# --- flows
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Step: ask the node; the result is its reply. `lease` is the one that the request is under."""
+
+    request: Request
+    timeout_s: float
+    lease: Lease | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Step: say something that needs no answer; a failure to say it is not an error."""
+
+    request: Request
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Step: copy bytes under a lease. `runs` are in the order of the lease's blocks, by pool."""
+
+    is_push: bool
+    lease: Lease
+    runs: list[tuple[int, list[TransferRun]]]
+    local: MemoryRegion
+    landed: Landed | None
+    timeout_s: float
+
+
+Step = Call | Tell | Move
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Result of a step: the reply of a Call, when the step began and ended on the holder's clock."""
+
+    reply: ReplyMessage | None
+    began_at_s: float
+    ended_at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What a publish did; blocks that were there before, or that another writer committed first, moved nothing new."""
+
+    num_blocks: int
+    num_blocks_existing: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulled:
+    """What a pull brought: `num_blocks` good blocks, gapless from the first key.
+
+    `corrupt_blocks` are indices of blocks whose bytes were not what was committed; the node was told.
+    `first_byte_s` are the seconds from the call until bytes began to land, None where none did.
+    """
+
+    num_blocks: int
+    nbytes: int
+    num_extents: int
+    corrupt_blocks: tuple[int, ...]
+    wake_reason: WakeReason
+    seconds: float
+    first_byte_s: float | None
+
+
+PublishFlow = Generator[Step, Done, Published]
+PullFlow = Generator[Step, Done, Pulled]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowSettings:
+    """What flows need to know of their client."""
+
+    verify: bool
+    call_timeout_s: float
+    move_timeout_s: float
+    read_ttl_s: float
+    write_ttl_s: float
+
+
+def publish(
+    settings: FlowSettings,
+    *,
+    namespace: bytes,
+    keys: KeyColumn,
+    parent_key: bytes,
+    block_nbytes: int,
+    local: MemoryRegion,
+    local_offsets: Sequence[int],
+    one_reader: bool,
+    timeout_s: float,
+) -> PublishFlow:
+    """Reserve what is new, copy it with checksums, commit it."""
+    if len(local_offsets) != len(keys):
+        raise BadRequest(f"{len(local_offsets)} local offsets for {len(keys)} blocks")
+    request = ReserveRequest(
+        namespace=namespace,
+        keys=keys,
+        parent_key=parent_key,
+        block_nbytes=block_nbytes,
+        one_reader=one_reader,
+        ttl_s=settings.write_ttl_s,
+        timeout_s=timeout_s,
+    )
+    return (yield from _publish(settings, request, list(keys), block_nbytes, local, local_offsets))
+
+
+def publish_tail(
+    settings: FlowSettings,
+    *,
+    namespace: bytes,
+    tail_id: str,
+    local: MemoryRegion,
+    local_offset: int,
+    nbytes: int,
+    timeout_s: float,
+) -> PublishFlow:
+    """The same for the last, partial block of a request."""
+    request = ReserveRequest(
+        namespace=namespace,
+        keys=EMPTY_KEYS,
+        tail=TailSpec(request_id=tail_id, nbytes=nbytes),
+        ttl_s=settings.write_ttl_s,
+        timeout_s=timeout_s,
+    )
+    names = [tail_id.encode()]
+    return (yield from _publish(settings, request, names, nbytes, local, [local_offset]))
+
+
+def _publish(
+    settings: FlowSettings,
+    request: ReserveRequest,
+    names: list[bytes],
+    block_nbytes: int,
+    local: MemoryRegion,
+    local_offsets: Sequence[int],
+) -> PublishFlow:
+    asked = yield Call(request, settings.call_timeout_s + request.timeout_s)
+    reserved = asked.reply
+    assert isinstance(reserved, Reserved), "the reply to a Reserve is Reserved"
+    lease = reserved.lease
+    if lease is None:
+        return Published(
+            num_blocks=0,
+            num_blocks_existing=len(names),
+            nbytes=0,
+            seconds=asked.ended_at_s - asked.began_at_s,
+        )
+    try:
+        order = [
+            index
+            for run in reserved.runs
+            for index in range(run.first_block_index, run.first_block_index + run.num_blocks)
+        ]
+        sums = RunningChecksums(
+            local.buffer, request.namespace, [names[index] for index in order], block_nbytes
+        )
+        moves = _transfer_runs(reserved.runs, block_nbytes, local_offsets)
+        yield Move(True, lease, moves, local, sums.landed, settings.move_timeout_s)
+        commit = CommitRequest(lease_id=lease.id, num_blocks=len(order), checksums=sums.packed())
+        answered = yield Call(commit, settings.call_timeout_s, lease)
+    except BaseException:
+        yield Tell(AbortRequest(lease_id=lease.id), lease)
+        raise
+    committed = answered.reply
+    assert isinstance(committed, Committed), "the reply to a Commit is Committed"
+    lost = len(committed.existing_block_indices)
+    return Published(
+        num_blocks=len(order) - lost,
+        num_blocks_existing=len(names) - len(order) + lost,
+        nbytes=len(order) * block_nbytes,
+        seconds=answered.ended_at_s - asked.began_at_s,
+    )
+
+
+def pull(
+    settings: FlowSettings,
+    *,
+    namespace: bytes,
+    keys: KeyColumn,
+    block_nbytes: int,
+    local: MemoryRegion,
+    local_offsets: Sequence[int],
+    wait_blocks: int,
+    timeout_s: float,
+) -> PullFlow:
+    """Lease the longest committed run, copy it, verify it, release it."""
+    request = MatchRequest(
+        namespaces=(namespace,),
+        keys=keys,
+        max_blocks=len(local_offsets),
+        ttl_s=settings.read_ttl_s,
+        wait_blocks=wait_blocks,
+        timeout_s=timeout_s,
+    )
+    if not local_offsets:
+        raise BadRequest("a pull into no blocks", hint="give a local offset for each block")
+    return (
+        yield from _pull(settings, request, namespace, keys, block_nbytes, local, local_offsets)
+    )
+
+
+def pull_tail(
+    settings: FlowSettings,
+    *,
+    namespace: bytes,
+    tail_id: str,
+    nbytes: int,
+    local: MemoryRegion,
+    local_offset: int,
+    timeout_s: float,
+) -> PullFlow:
+    """The same for a tail; one that is not there raises TailUnknown, one that is corrupt ChecksumMismatch."""
+    request = MatchRequest(
+        namespaces=(namespace,),
+        keys=EMPTY_KEYS,
+        ttl_s=settings.read_ttl_s,
+        wait_blocks=1 if timeout_s > 0 else 0,
+        timeout_s=timeout_s,
+        tail_request_id=tail_id,
+    )
+    names = [tail_id.encode()]
+    pulled = yield from _pull(settings, request, namespace, names, nbytes, local, [local_offset])
+    if pulled.corrupt_blocks:
+        raise ChecksumMismatch(
+            f"the tail of request {tail_id!r} is not what was committed", hint="compute it again"
+        )
+    return pulled
+
+
+def _pull(
+    settings: FlowSettings,
+    request: MatchRequest,
+    namespace: bytes,
+    names: Sequence[bytes],
+    block_nbytes: int,
+    local: MemoryRegion,
+    local_offsets: Sequence[int],
+) -> PullFlow:
+    asked = yield Call(request, settings.call_timeout_s + request.timeout_s)
+    matched = asked.reply
+    assert isinstance(matched, Matched), "the reply to a Match is Matched"
+    lease, num_blocks = matched.lease, matched.num_blocks
+    if lease is None:
+        return Pulled(
+            num_blocks=0,
+            nbytes=0,
+            num_extents=0,
+            corrupt_blocks=(),
+            wake_reason=matched.wake_reason,
+            seconds=asked.ended_at_s - asked.began_at_s,
+            first_byte_s=None,
+        )
+    wrong: tuple[int, ...] = ()
+    try:
+        moves = _transfer_runs(matched.runs, block_nbytes, local_offsets)
+        sums = None
+        if settings.verify:
+            sums = RunningChecksums(local.buffer, namespace, names, block_nbytes)
+        moved = yield Move(
+            False, lease, moves, local, sums.landed if sums else None, settings.move_timeout_s
+        )
+        if sums is not None:
+            wrong = tuple(sums.mismatches(matched.checksums[0]))
+        elif moved.ended_at_s > asked.began_at_s + lease.ttl_s:
+            raise LeaseExpired("the read lease ran out during the copy", hint="pull again")
+    finally:
+        complaints = (Complaint(lease_id=lease.id, block_indices=wrong),) if wrong else ()
+        yield Tell(ReleaseRequest(lease_ids=(lease.id,), complaints=complaints), lease)
+    return Pulled(
+        num_blocks=wrong[0] if wrong else num_blocks,
+        nbytes=num_blocks * block_nbytes,
+        num_extents=len(matched.runs),
+        corrupt_blocks=wrong,
+        wake_reason=matched.wake_reason,
+        seconds=moved.ended_at_s - asked.began_at_s,
+        first_byte_s=asked.ended_at_s - asked.began_at_s,
+    )
+
+
+def _transfer_runs(
+    runs: Sequence[Run], block_nbytes: int, local_offsets: Sequence[int]
+) -> list[tuple[int, list[TransferRun]]]:
+    """What to copy, in order, by pool; neighbours on both sides become one."""
+    side_by_side = isinstance(local_offsets, range) and local_offsets.step == block_nbytes
+    moves: list[tuple[int, list[TransferRun]]] = []
+    for run in runs:
+        extent = run.extent
+        if extent.nbytes != run.num_blocks * block_nbytes:
+            raise ProtocolViolation(
+                f"an extent of {extent.nbytes} bytes for {run.num_blocks} blocks of {block_nbytes}",
+                hint="reader and writer must use the same layout",
+            )
+        if not moves or moves[-1][0] != extent.pool_id:
+            moves.append((extent.pool_id, []))
+        pieces = moves[-1][1]
+        if side_by_side:
+            pieces.append(
+                TransferRun(extent.offset, local_offsets[run.first_block_index], extent.nbytes)
+            )
+            continue
+        for position in range(run.num_blocks):
+            pieces.append(
+                TransferRun(
+                    extent.offset + position * block_nbytes,
+                    local_offsets[run.first_block_index + position],
+                    block_nbytes,
+                )
+            )
+    return moves

@@ -1,0 +1,127 @@
+"""Leases: who may touch which bytes, and until when.
+
+Rules kept here: a lease is one object over any number of extents, never a count a block. Its holder counts its
+life from when it sent the request, this table from when it answered, so the holder always stops first. At
+`expires_at_s` a lease is over: it cannot be renewed, nothing is committed under it. What it protected may be
+reused only a grace later, because a holder that checked its clock just before may still be reading. Renewing
+never prolongs a lease beyond `max_life_s` from its grant. Time never runs by itself: the caller brings it.
+
+Source: Gray & Cheriton 1989, "Leases: an efficient fault-tolerant mechanism for distributed file cache
+consistency", for what may be promised when a holder is silent.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from snowskin.kvstore.messages import LeaseId, SessionId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HoldT = TypeVar("HoldT")
+
+
+@dataclass(slots=True, eq=False)
+class GrantedLease(Generic[HoldT]):
+    """One lease as the node sees it; `hold` is what it protects."""
+
+    id: LeaseId
+    session_id: SessionId
+    hold: HoldT
+    granted_at_s: float
+    expires_at_s: float
+
+    def is_live(self, now_s: float) -> bool:
+        """Whether its holder may still act under it."""
+        return now_s < self.expires_at_s
+
+
+class LeaseTable(Generic[HoldT]):
+    """The leases of one kind (read or write) on one node."""
+
+    def __init__(self, *, max_ttl_s: float, grace_s: float, max_life_s: float) -> None:
+        """Empty.
+
+        Args:
+            max_ttl_s: longest life given at once, and what a wish of 0 gets.
+            grace_s: seconds between a lease's end and the reuse of what it protected.
+            max_life_s: longest life with all renewals.
+        """
+        self._max_ttl_s = max_ttl_s
+        self._grace_s = grace_s
+        self._max_life_s = max_life_s
+        self._leases: dict[LeaseId, GrantedLease[HoldT]] = {}
+        self._by_session: dict[SessionId, dict[LeaseId, GrantedLease[HoldT]]] = {}
+        # (when to look at it again, id); a renewed lease is found early and pushed back.
+        self._checks: list[tuple[float, LeaseId]] = []
+
+    def __len__(self) -> int:
+        """Leases that have not ended, those in their grace included."""
+        return len(self._leases)
+
+    def __iter__(self) -> Iterator[GrantedLease[HoldT]]:
+        """All of them."""
+        return iter(self._leases.values())
+
+    def grant(
+        self, lease_id: LeaseId, session_id: SessionId, hold: HoldT, *, ttl_s: float, now_s: float
+    ) -> GrantedLease[HoldT]:
+        """A new lease of `ttl_s` seconds, or less."""
+        ttl_s = min(ttl_s, self._max_ttl_s) if ttl_s > 0 else self._max_ttl_s
+        lease = GrantedLease(lease_id, session_id, hold, now_s, now_s + ttl_s)
+        self._leases[lease_id] = lease
+        self._by_session.setdefault(session_id, {})[lease_id] = lease
+        heapq.heappush(self._checks, (lease.expires_at_s + self._grace_s, lease_id))
+        return lease
+
+    def get(self, lease_id: LeaseId) -> GrantedLease[HoldT] | None:
+        """The lease, live or in its grace."""
+        return self._leases.get(lease_id)
+
+    def of_session(self, session_id: SessionId) -> list[GrantedLease[HoldT]]:
+        """The leases that one session holds."""
+        return list(self._by_session.get(session_id, {}).values())
+
+    def renew(self, lease_id: LeaseId, *, ttl_s: float, now_s: float) -> float:
+        """Seconds of life from now on; 0 where the lease is gone or over."""
+        lease = self._leases.get(lease_id)
+        if lease is None or not lease.is_live(now_s):
+            return 0.0
+        ttl_s = min(ttl_s, self._max_ttl_s) if ttl_s > 0 else self._max_ttl_s
+        last_s = lease.granted_at_s + self._max_life_s
+        lease.expires_at_s = max(lease.expires_at_s, min(now_s + ttl_s, last_s))
+        return lease.expires_at_s - now_s
+
+    def end(self, lease_id: LeaseId) -> GrantedLease[HoldT] | None:
+        """Takes a lease out; None where it was not there."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is not None:
+            held = self._by_session[lease.session_id]
+            del held[lease_id]
+            if not held:
+                del self._by_session[lease.session_id]
+        return lease
+
+    def expired(self, now_s: float) -> list[GrantedLease[HoldT]]:
+        """Leases whose grace is over too; the caller ends each of them, or they stay and are not told again."""
+        found = []
+        while self._checks and self._checks[0][0] <= now_s:
+            _, lease_id = heapq.heappop(self._checks)
+            lease = self._leases.get(lease_id)
+            if lease is None:
+                continue
+            due_s = lease.expires_at_s + self._grace_s
+            if due_s > now_s:
+                heapq.heappush(self._checks, (due_s, lease_id))
+            else:
+                found.append(lease)
+        return found
+
+    def next_check_s(self) -> float | None:
+        """When `expired` should be asked again; None while there is nothing to expire."""
+        while self._checks and self._checks[0][1] not in self._leases:
+            heapq.heappop(self._checks)
+        return self._checks[0][0] if self._checks else None

@@ -1,0 +1,138 @@
+"""The node's process: memory, state, two doors, health; and a drain at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import tempfile
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from snowskin.kvstore.clock import SystemClock
+from snowskin.kvstore.config import check_bind, setting
+from snowskin.kvstore.errors import BadSetting
+from snowskin.kvstore.eviction.registry import make_eviction
+from snowskin.kvstore.node.door import LocalDoor
+from snowskin.kvstore.node.limits import NodeLimits
+from snowskin.kvstore.node.service import StoreService
+from snowskin.kvstore.node.shell import NodeShell
+from snowskin.kvstore.node.state import NodeState
+from snowskin.kvstore.pool.arena import Arena
+from snowskin.kvstore.pool.pool import Pool
+from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
+from snowskin.kvstore.rpc import serving
+from snowskin.kvstore.session import DEFAULT_TENANT
+from snowskin.kvstore.telemetry import HealthServer, get_logger
+from snowskin.v1 import store_pb2_grpc
+
+DRAIN_LOOK_S = 0.02
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings(RoleSettings):
+    """Settings of a store node."""
+
+    node_id: str = setting("", help="Name of the node; the host's name if empty.")
+    door: str = setting(
+        "", help="Path of the local door's socket; a private temporary path if empty."
+    )
+    dram_nbytes: int = setting(1 << 30, help="Size of the DRAM pool.")
+    eviction: str = setting("lru", help="Who goes first when the pool is full.")
+    read_lease_s: float = setting(10.0, help="Life of a read lease.")
+    write_lease_s: float = setting(30.0, help="Life of a write lease, and of an unread tail.")
+    grace_s: float = setting(10.0, help="Time between a lease's end and reuse of its bytes.")
+    lease_life_s: float = setting(600.0, help="Longest life of a lease with all renewals.")
+    max_extent_nbytes: int = setting(64 << 20, help="Longest contiguous extent.")
+    max_keys: int = setting(8192, help="Keys that one call may carry.")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, before anything is opened."""
+        check_bind(self.host, insecure=self.insecure)
+        if self.dram_nbytes < 1 << 20:
+            raise BadSetting(f"dram_nbytes is {self.dram_nbytes}", hint="give at least 1MiB")
+        self.limits()
+
+    def limits(self) -> NodeLimits:
+        """The part that the state machine needs."""
+        return NodeLimits(
+            read_lease_s=self.read_lease_s,
+            write_lease_s=self.write_lease_s,
+            grace_s=self.grace_s,
+            lease_life_s=self.lease_life_s,
+            max_extent_nbytes=self.max_extent_nbytes,
+            max_keys=self.max_keys,
+        )
+
+
+def make_shell(settings: NodeSettings) -> NodeShell:
+    """A node's state with its memory, no doors yet; the caller closes it."""
+    arena = Arena(settings.dram_nbytes, name="dram", tenant=DEFAULT_TENANT)
+    pool = Pool(0, arena.nbytes, tenant=DEFAULT_TENANT)
+    state = NodeState(
+        node_id=settings.node_id or socket.gethostname(),
+        epoch=secrets.randbits(63),
+        pools=[pool],
+        eviction=make_eviction(settings.eviction),
+        limits=settings.limits(),
+    )
+    return NodeShell(state, {pool.id: arena}, SystemClock())
+
+
+async def serve_node(settings: NodeSettings, stop: Stop) -> None:
+    """Serves until `stop`, then drains: no new leases, and those out get `drain_s` to end."""
+    async with AsyncExitStack() as stack:
+        shell = make_shell(settings)
+        stack.callback(shell.close)
+        path = Path(settings.door) if settings.door else _private_path(stack)
+        door = LocalDoor(shell, path)
+        door.open()
+        stack.callback(door.close)
+        service = StoreService(shell)
+        stack.callback(service.close)
+        server = await stack.enter_async_context(
+            serving(
+                [(store_pb2_grpc.add_StoreServicer_to_server, service)],
+                host=settings.host,
+                port=settings.port,
+                service_names=["snowskin.v1.Store"],
+                role="node",
+            )
+        )
+
+        def check() -> tuple[bool, dict[str, object]]:
+            state = shell.state
+            return not state.draining, {"role": "node", "id": state.node_id, "door": str(path)}
+
+        health = await stack.enter_async_context(
+            HealthServer(settings.host, settings.http_port, check=check)
+        )
+        announce_ready(
+            settings,
+            role="node",
+            id=shell.state.node_id,
+            address=server.address,
+            http_address=f"{settings.host}:{health.port}",
+            door=f"unix:{path}",
+        )
+        await stop.wait()
+        await _drain(shell, settings.drain_s)
+
+
+async def _drain(shell: NodeShell, drain_s: float) -> None:
+    shell.state.draining = True
+    deadline_s = shell.clock.now_s() + drain_s
+    # A look every 20 ms, once in the node's life: not worth a hook in the state machine.
+    while not shell.state.is_idle() and shell.clock.now_s() < deadline_s:  # noqa: ASYNC110
+        await asyncio.sleep(DRAIN_LOOK_S)
+    stat = shell.state.stat()
+    log.info("drained", read_leases=stat.num_read_leases, write_leases=stat.num_write_leases)
+
+
+def _private_path(stack: AsyncExitStack) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="snowskin-")
+    stack.callback(folder.cleanup)
+    return Path(folder.name) / "door"

@@ -1,0 +1,310 @@
+"""The local door: a Unix stream socket with memfds, for clients on the node's own host.
+
+Rules kept here: who connects must be of the node's own user, or root. The first message is Hello, within
+`HELLO_TIMEOUT_S`. The end of the connection is the end of the session. A client that sends what is no frame, or does
+not read its answers, is cut off; the others do not notice.
+
+Raw sockets on the loop's readiness, not asyncio streams: a call is one recv and one send here, and the greeting
+must carry descriptors. Measured in `snowskin.tools.bench spine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from snowskin.kvstore.errors import (
+    AddressInUse,
+    BadSetting,
+    ProtocolViolation,
+    WireVersionMismatch,
+)
+from snowskin.kvstore.frames import MAX_FRAME_NBYTES, FrameReader, frame
+from snowskin.kvstore.messages import WIRE_VERSION, Access, ReplyMessage
+from snowskin.kvstore.rpc import error_to_detail
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.wire import access_from, greeting_to, parse, reply_to, request_from
+from snowskin.transport.errors import SnowskinError
+from snowskin.v1 import door_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from snowskin.kvstore.node.shell import NodeShell
+    from snowskin.kvstore.session import Session
+
+HELLO_TIMEOUT_S = 2.0
+RECV_NBYTES = 256 << 10
+MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
+MAX_CONNECTIONS = 1024
+MAX_PATH_NBYTES = 107  # sun_path, less its terminating zero
+_PEERCRED = struct.Struct("3i")
+
+log = get_logger(__name__)
+
+_REPLY_FIELDS = {
+    "Matched": "match",
+    "Released": "release",
+    "Reserved": "reserve",
+    "Committed": "commit",
+    "Aborted": "abort",
+    "Probed": "probe",
+    "Renewed": "renew",
+    "NodeStat": "stat",
+}
+
+
+class LocalDoor:
+    """Listens on a socket path and turns connections into sessions."""
+
+    def __init__(self, shell: NodeShell, path: Path) -> None:
+        """Not listening yet."""
+        self.path = path
+        self._shell = shell
+        self._connections: set[_Connection] = set()
+        self._socket: socket.socket | None = None
+
+    def open(self) -> None:
+        """Listens.
+
+        Raises:
+            AddressInUse: a node listens there already.
+            BadSetting: the path is too long, or its folder cannot be used.
+        """
+        path = os.fspath(self.path)
+        if len(path.encode()) > MAX_PATH_NBYTES:
+            raise BadSetting(
+                f"door path of {len(path.encode())} bytes: {path}",
+                hint=f"a Unix socket path has at most {MAX_PATH_NBYTES}; choose a shorter --door",
+            )
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _remove_stale(self.path)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            listener.bind(path)
+            self.path.chmod(0o600)
+            listener.listen(128)
+        except OSError as error:
+            raise BadSetting(
+                f"door {path} cannot be opened: {error.strerror}",
+                hint="choose a path in a folder of yours with --door",
+            ) from error
+        self._socket = listener
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._on_connect)
+
+    def close(self) -> None:
+        """Cuts everybody off and removes the socket; idempotent."""
+        if self._socket is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._socket = None
+        for connection in list(self._connections):
+            connection.close("the node stops")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+
+    def _on_connect(self) -> None:
+        assert self._socket is not None, "a connection came to a closed door"
+        try:
+            peer, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # out of descriptors: those who are in must not suffer
+            log.error("connection not accepted", error=str(error))
+            return
+        peer.setblocking(False)
+        pid, uid, _ = _PEERCRED.unpack(
+            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+        )
+        if uid not in (os.geteuid(), 0) or len(self._connections) >= MAX_CONNECTIONS:
+            log.warning("connection refused", pid=pid, uid=uid, connections=len(self._connections))
+            peer.close()
+            return
+        self._connections.add(_Connection(self._shell, peer, pid, self._connections.discard))
+
+
+def _remove_stale(path: Path) -> None:
+    """Takes away the socket of a node that was killed; refuses where one answers."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            return
+    raise AddressInUse(
+        f"a node listens on {path} already", hint="stop it, or choose another path with --door"
+    )
+
+
+class _Connection:
+    """One client of the door."""
+
+    def __init__(
+        self,
+        shell: NodeShell,
+        peer: socket.socket,
+        pid: int,
+        on_close: Callable[[_Connection], None],
+    ) -> None:
+        self._shell = shell
+        self._socket = peer
+        self._pid = pid
+        self._on_close = on_close
+        self._reader = FrameReader()
+        self._unsent = bytearray()
+        self._session: Session | None = None
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(peer.fileno(), self._on_readable)
+        self._hello_timer = self._loop.call_later(HELLO_TIMEOUT_S, self.close, "no Hello came")
+
+    def close(self, reason: str) -> None:
+        """Ends connection and session; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._hello_timer.cancel()
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self._on_close(self)
+        if self._session is not None:
+            log.debug("connection closed", session=self._session.id, reason=reason)
+            self._shell.end_session(self._session)
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._socket.recv(RECV_NBYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(str(error))
+            return
+        if not data:
+            self.close("the client closed")
+            return
+        try:
+            for payload in self._reader.feed(data):
+                self._on_message(payload)
+                if self._closed:
+                    return
+        except ProtocolViolation as error:
+            log.warning("client cut off", pid=self._pid, error=str(error))
+            self._answer(0, error)
+            self.close(str(error))
+
+    def _on_message(self, payload: bytes) -> None:
+        message = parse(door_pb2.DoorRequest, payload)
+        name = message.WhichOneof("request")
+        if name is None:
+            raise ProtocolViolation("a request of a kind that this node does not know")
+        if self._session is None:
+            if name != "hello":
+                raise ProtocolViolation(f"the first request must be hello, not {name}")
+            self._on_hello(message.call_id, message.hello)
+            return
+        if name == "hello":
+            raise ProtocolViolation("hello came twice")
+        try:
+            request = request_from(name, getattr(message, name))
+        except SnowskinError as error:
+            self._answer(message.call_id, error)
+            return
+        self._shell.request(self._session.id, message.call_id, request)
+
+    def _on_hello(self, call_id: int, hello: door_pb2.Hello) -> None:
+        if hello.wire_version != WIRE_VERSION:
+            error = WireVersionMismatch(
+                f"client speaks wire version {hello.wire_version}, this node {WIRE_VERSION}",
+                hint="upgrade the older of the two",
+            )
+            self._answer(call_id, error)
+            self.close(str(error))
+            return
+        self._hello_timer.cancel()
+        access = access_from(hello.access)
+        name = hello.client_name[:64] or f"pid-{self._pid}"
+        self._session = self._shell.open_session(
+            name, self._answer, maps_memory=True, may_write=access is Access.WRITE
+        )
+        response = door_pb2.DoorResponse(call_id=call_id)
+        greeting = self._shell.greeting(self._session)
+        greeting_to(greeting, response.hello, WIRE_VERSION)
+        arenas = [self._shell.arenas[pool.pool_id] for pool in greeting.pools]
+        descriptors = [
+            arena.open_read_write() if access is Access.WRITE else arena.open_read_only()
+            for arena in arenas
+        ]
+        try:
+            data = frame(response.SerializeToString())
+            # A fresh socket's buffer takes a greeting whole; the descriptors go with its first byte.
+            sent = socket.send_fds(self._socket, [data], descriptors)
+            self._unsent += data[sent:]
+            self._flush()
+        except OSError as error:
+            self.close(str(error))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _answer(self, call_id: int, reply: ReplyMessage | SnowskinError) -> None:
+        if self._closed:
+            return
+        if call_id == 0 and self._session is not None:
+            if isinstance(reply, SnowskinError):
+                log.warning(
+                    "one-way call failed", client=self._session.client_name, error=str(reply)
+                )
+            return
+        response = door_pb2.DoorResponse(call_id=call_id)
+        if isinstance(reply, SnowskinError):
+            response.error.CopyFrom(error_to_detail(reply))
+        else:
+            reply_to(reply, getattr(response, _REPLY_FIELDS[type(reply).__name__]))
+        data = frame(response.SerializeToString())
+        if not self._unsent:
+            try:
+                sent = self._socket.send(data)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                self._close_soon(str(error))
+                return
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._unsent += data
+        self._flush()
+
+    def _flush(self) -> None:
+        if len(self._unsent) > MAX_UNSENT_NBYTES:
+            log.warning("client does not read its answers", pid=self._pid)
+            self._close_soon("answers not read")
+        elif self._unsent:
+            self._loop.add_writer(self._socket.fileno(), self._on_writable)
+
+    def _close_soon(self, reason: str) -> None:
+        # Not now: the state machine may be in the middle of handing out effects.
+        self._loop.call_soon(self.close, reason)
+
+    def _on_writable(self) -> None:
+        try:
+            sent = self._socket.send(self._unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(str(error))
+            return
+        del self._unsent[:sent]
+        if not self._unsent:
+            self._loop.remove_writer(self._socket.fileno())

@@ -1,0 +1,35 @@
+"""What one node grants and accepts: numbers only, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snowskin.kvstore.errors import BadSetting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLimits:
+    """Lease times in seconds, sizes in bytes, counts. The defaults are ARCHITECTURE's."""
+
+    read_lease_s: float = 10.0
+    write_lease_s: float = 30.0
+    grace_s: float = 10.0
+    lease_life_s: float = 600.0
+    max_extent_nbytes: int = 64 << 20
+    max_keys: int = 8192
+    max_namespaces: int = 64
+    max_timeout_s: float = 600.0
+    max_waiting: int = 1024
+    max_leases_per_session: int = 4096
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that cannot work."""
+        for name in ("read_lease_s", "write_lease_s", "lease_life_s"):
+            if getattr(self, name) <= 0:
+                raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds above 0")
+        if self.grace_s < 0:
+            raise BadSetting(f"grace_s is {self.grace_s}", hint="give 0 seconds or more")
+        if self.max_extent_nbytes < 4096:
+            raise BadSetting(
+                f"max_extent_nbytes is {self.max_extent_nbytes}", hint="give 4096 bytes or more"
+            )

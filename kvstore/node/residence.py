@@ -1,0 +1,199 @@
+"""What lies where on one node: pools, index and eviction order, changed together.
+
+Rules kept here: a block's bytes are freed only when no lease covers its segment, whatever took the block out of the
+index. Room is made by evicting leaves of the prefix tree, least recently used first, and only when evicting can
+make enough: a call that cannot be served evicts nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from snowskin.kvstore.index.block_index import BlockEntry, BlockId, BlockIndex, PlacedSegment, Scope
+from snowskin.kvstore.pool.pool import Pool, Use
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from snowskin.kvstore.eviction.api import EvictionPolicy
+    from snowskin.kvstore.messages import SessionId
+
+TAIL_NAMESPACE = b""
+"""Scope of the tails: no real namespace is empty. Its keys are request ids."""
+
+
+class Residence:
+    """The blocks of one node and the bytes under them."""
+
+    def __init__(
+        self, pools: Sequence[Pool], eviction: EvictionPolicy[BlockId], *, max_extent_nbytes: int
+    ) -> None:
+        """Empty pools, one a tenant."""
+        self.pools = {pool.id: pool for pool in pools}
+        self.index = BlockIndex()
+        self.counters: Counter[str] = Counter()
+        self._by_tenant = {pool.tenant: pool for pool in pools}
+        self._eviction = eviction
+        self._max_extent_nbytes = max_extent_nbytes
+        self._generation = 0
+
+    def pool_of(self, tenant: str) -> Pool:
+        """The tenant's own pool: between tenants nothing is shared."""
+        return self._by_tenant[tenant]
+
+    def reserve(
+        self, tenant: str, num_blocks: int, block_nbytes: int, *, near: BlockEntry | None
+    ) -> list[PlacedSegment] | None:
+        """Room for a run of blocks, evicting where that helps; None where there is none now."""
+        pool = self.pool_of(tenant)
+        near_offset = None
+        if near is not None and near.segment.pool_id == pool.id:
+            near_offset = near.offset + block_nbytes
+        pieces = pool.place(
+            num_blocks, block_nbytes, near=near_offset, max_extent_nbytes=self._max_extent_nbytes
+        )
+        if pieces is None:
+            pieces = self._evict_and_place(pool, num_blocks, block_nbytes, near_offset)
+        if pieces is None:
+            return None
+        segments = []
+        for offset, count in pieces:
+            self._generation += 1
+            segments.append(PlacedSegment(pool.id, offset, block_nbytes, count, self._generation))
+        return segments
+
+    def _evict_and_place(
+        self, pool: Pool, num_blocks: int, block_nbytes: int, near_offset: int | None
+    ) -> list[tuple[int, int]] | None:
+        need_nbytes = num_blocks * block_nbytes
+        evictable_nbytes = pool.used_nbytes(Use.COMMITTED) - pool.leased_nbytes
+        if pool.free_nbytes + evictable_nbytes < need_nbytes:
+            return None
+        for block_id in self._eviction.victims():
+            entry = self.index.entry(block_id)
+            assert entry is not None, "the eviction policy named a block that is not in the index"
+            if entry.segment.num_leases or entry.segment.pool_id != pool.id:
+                continue
+            self.remove(entry)
+            self.counters["blocks_evicted"] += 1
+            if pool.free_nbytes >= need_nbytes:
+                pieces = pool.place(
+                    num_blocks,
+                    block_nbytes,
+                    near=near_offset,
+                    max_extent_nbytes=self._max_extent_nbytes,
+                )
+                if pieces is not None:
+                    return pieces
+        return None
+
+    def commit(
+        self,
+        scope: Scope,
+        key: bytes,
+        segment: PlacedSegment,
+        offset: int,
+        checksum: bytes,
+        *,
+        parent_key: bytes,
+        one_reader_of: SessionId | None,
+    ) -> BlockEntry | None:
+        """Makes a written block visible.
+
+        Args:
+            scope: of the key.
+            key: which block.
+            segment: where it was reserved.
+            offset: its bytes.
+            checksum: what the writer computed.
+            parent_key: the block before it, or empty.
+            one_reader_of: the writer's session where the block goes with its first reader, else None.
+
+        Returns:
+            The entry, or None where another writer was first; then the bytes are free again.
+        """
+        pool = self.pools[segment.pool_id]
+        if key in scope.blocks:
+            pool.free(offset, segment.block_nbytes, Use.RESERVED)
+            self.counters["blocks_duplicate"] += 1
+            return None
+        entry = BlockEntry(
+            id=(scope.number, key),
+            key=key,
+            segment=segment,
+            offset=offset,
+            checksum=checksum,
+            one_reader=one_reader_of is not None,
+            writer=one_reader_of,
+        )
+        self.index.insert(scope, entry)
+        pool.change(segment.block_nbytes, Use.RESERVED, Use.COMMITTED)
+        segment.num_committed += 1
+        if segment.num_leases:
+            pool.leased_nbytes += segment.block_nbytes
+        if not entry.one_reader:
+            # A block for one reader leaves with that reader; evicting it sooner would only cost a recomputation.
+            self._eviction.on_insert(entry.id, (scope.number, parent_key) if parent_key else None)
+        self.counters["blocks_committed"] += 1
+        return entry
+
+    def touch(self, run: Sequence[BlockEntry]) -> None:
+        """A matched run was used."""
+        ids = [entry.id for entry in run if not entry.one_reader]
+        if ids:
+            self._eviction.on_touch(ids)
+
+    def remove(self, entry: BlockEntry) -> None:
+        """Takes a block out of the index; its bytes come back at once, or with the last lease over its segment."""
+        self.index.remove(entry)
+        if not entry.one_reader:
+            self._eviction.on_remove(entry.id)
+        segment = entry.segment
+        if segment.num_leases:
+            segment.doomed.append((entry.offset, segment.block_nbytes))
+        else:
+            self._free_committed(segment, entry.offset)
+
+    def _free_committed(self, segment: PlacedSegment, offset: int) -> None:
+        segment.num_committed -= 1
+        self.pools[segment.pool_id].free(offset, segment.block_nbytes, Use.COMMITTED)
+
+    def lease(self, segments: Iterable[PlacedSegment]) -> None:
+        """One more lease over each of these segments."""
+        for segment in segments:
+            if segment.num_leases == 0:
+                pool = self.pools[segment.pool_id]
+                pool.leased_nbytes += segment.num_committed * segment.block_nbytes
+            segment.num_leases += 1
+
+    def unlease(self, segments: Iterable[PlacedSegment]) -> None:
+        """One lease less; what was doomed meanwhile is freed with the last."""
+        for segment in segments:
+            assert segment.num_leases > 0, "a segment was released more often than leased"
+            segment.num_leases -= 1
+            if segment.num_leases == 0:
+                pool = self.pools[segment.pool_id]
+                pool.leased_nbytes -= segment.num_committed * segment.block_nbytes
+                for offset, _ in segment.doomed:
+                    self._free_committed(segment, offset)
+                segment.doomed.clear()
+
+    def give_back(self, segment: PlacedSegment, offset: int, was: Use) -> None:
+        """A reserved (or quarantined) block that will not be committed comes back."""
+        self.pools[segment.pool_id].free(offset, segment.block_nbytes, was)
+
+    def quarantine(self, segment: PlacedSegment, num_blocks: int) -> None:
+        """Reserved blocks become neither visible nor free: their writer's stores may still land."""
+        pool = self.pools[segment.pool_id]
+        pool.change(num_blocks * segment.block_nbytes, Use.RESERVED, Use.QUARANTINED)
+
+    def check(self) -> None:
+        """Asserts that index, segments and books agree; for tests."""
+        committed: Counter[int] = Counter()
+        for entry in self.index:
+            committed[entry.segment.pool_id] += entry.segment.block_nbytes
+            assert entry.segment.num_committed > 0
+        for pool in self.pools.values():
+            pool.check()
+            assert committed[pool.id] <= pool.used_nbytes(Use.COMMITTED)

@@ -1,0 +1,276 @@
+"""The gRPC door: the same requests for other hosts, and the slow path for bytes.
+
+Rules kept here: a gRPC caller has no session of its own, so a lease's capability, a MAC that only this node can make,
+is the right to it. Every chunk of Write and Read asks the state again whether the lease still lives. A call that is
+cancelled stops waiting inside the state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from snowskin.kvstore.errors import BadRequest, CommitRefused, LeaseUnknown
+from snowskin.kvstore.messages import (
+    LeaseId,
+    Matched,
+    ReplyMessage,
+    Reserved,
+)
+from snowskin.kvstore.wire import reply_to, request_from
+from snowskin.transport.errors import SnowskinError
+from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc.aio
+
+    from snowskin.kvstore.index.block_index import PlacedSegment
+    from snowskin.kvstore.node.shell import NodeShell
+
+CHUNK_NBYTES = 1 << 20
+CAPABILITY_NBYTES = 16
+
+
+class StoreService(store_pb2_grpc.StoreServicer):
+    """The Store service over one node's shell."""
+
+    def __init__(self, shell: NodeShell) -> None:
+        """All gRPC callers share one session, which ends with the node."""
+        self._shell = shell
+        self._secret = secrets.token_bytes(32)
+        self._calls = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[ReplyMessage]] = {}
+        self._session = shell.open_session("grpc", self._answer, maps_memory=False)
+
+    def close(self) -> None:
+        """Ends the shared session and every waiting call."""
+        self._shell.end_session(self._session)
+        for future in self._waiting.values():
+            future.cancel()
+        self._waiting.clear()
+
+    def _answer(self, call_id: int, reply: ReplyMessage | SnowskinError) -> None:
+        future = self._waiting.pop(call_id, None)
+        if future is None or future.done():
+            return
+        if isinstance(reply, SnowskinError):
+            future.set_exception(reply)
+        else:
+            future.set_result(reply)
+
+    async def _call(self, name: str, message: Any, response: Any) -> Any:
+        request = request_from(name, message)
+        call_id = next(self._calls)
+        future: asyncio.Future[ReplyMessage] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = future
+        self._shell.request(self._session.id, call_id, request)
+        try:
+            reply = await future
+        except asyncio.CancelledError:
+            # The answer may have been made already: then its lease has no holder, and runs out.
+            self._waiting.pop(call_id, None)
+            self._shell.cancel(self._session.id, call_id)
+            raise
+        if isinstance(reply, Matched | Reserved) and reply.lease is not None:
+            capability = self._capability(reply.lease.id)
+            reply = replace(reply, lease=replace(reply.lease, capability=capability))
+        reply_to(reply, response)
+        return response
+
+    def _capability(self, lease_id: LeaseId) -> bytes:
+        data = b"%d:%d" % (self._shell.state.epoch, lease_id)
+        return hashlib.blake2b(data, key=self._secret, digest_size=CAPABILITY_NBYTES).digest()
+
+    def _check(self, ref: common_pb2.LeaseRef) -> LeaseId:
+        lease_id = LeaseId(ref.id)
+        if not hmac.compare_digest(ref.capability, self._capability(lease_id)):
+            raise LeaseUnknown(
+                f"the capability does not belong to lease {ref.id} of this node's epoch",
+                hint="send the capability that came with the lease, or ask for a new lease",
+            )
+        return lease_id
+
+    # --- control; the generated names are the wire's
+
+    async def Reserve(  # noqa: N802
+        self, request: store_pb2.ReserveRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.ReserveResponse:
+        """Room for a run of blocks."""
+        response: store_pb2.ReserveResponse = await self._call(
+            "reserve", request, store_pb2.ReserveResponse()
+        )
+        return response
+
+    async def Commit(  # noqa: N802
+        self, request: store_pb2.CommitRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.CommitResponse:
+        """Makes the next blocks visible."""
+        self._check(request.lease)
+        response: store_pb2.CommitResponse = await self._call(
+            "commit", request, store_pb2.CommitResponse()
+        )
+        return response
+
+    async def Abort(  # noqa: N802
+        self, request: store_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.AbortResponse:
+        """Gives a reservation's rest back."""
+        self._check(request.lease)
+        response: store_pb2.AbortResponse = await self._call(
+            "abort", request, store_pb2.AbortResponse()
+        )
+        return response
+
+    async def Probe(  # noqa: N802
+        self, request: store_pb2.ProbeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.ProbeResponse:
+        """What is here, without a lease."""
+        response: store_pb2.ProbeResponse = await self._call(
+            "probe", request, store_pb2.ProbeResponse()
+        )
+        return response
+
+    async def Match(  # noqa: N802
+        self, request: store_pb2.MatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.MatchResponse:
+        """The longest run, under a lease."""
+        response: store_pb2.MatchResponse = await self._call(
+            "match", request, store_pb2.MatchResponse()
+        )
+        return response
+
+    async def Renew(  # noqa: N802
+        self, request: store_pb2.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.RenewResponse:
+        """Prolongs leases."""
+        for ref in request.leases:
+            self._check(ref)
+        response: store_pb2.RenewResponse = await self._call(
+            "renew", request, store_pb2.RenewResponse()
+        )
+        return response
+
+    async def Release(  # noqa: N802
+        self, request: store_pb2.ReleaseRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.ReleaseResponse:
+        """Ends read leases."""
+        held = {self._check(ref) for ref in request.leases}
+        for complaint in request.complaints:
+            if complaint.lease_id not in held:
+                raise BadRequest(
+                    f"a complaint names lease {complaint.lease_id}, which the call does not release"
+                )
+        response: store_pb2.ReleaseResponse = await self._call(
+            "release", request, store_pb2.ReleaseResponse()
+        )
+        return response
+
+    async def Stat(  # noqa: N802
+        self, request: store_pb2.StatRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> store_pb2.StatResponse:
+        """Counts and sizes."""
+        response: store_pb2.StatResponse = await self._call(
+            "stat", request, store_pb2.StatResponse()
+        )
+        return response
+
+    # --- bytes, for clients without a transport
+
+    async def Write(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[store_pb2.WriteRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> store_pb2.WriteResponse:
+        """Writes chunks into a reservation; the first names the lease."""
+        lease_id: LeaseId | None = None
+        written_nbytes = 0
+        async for chunk in request_iterator:
+            if lease_id is None or chunk.HasField("lease"):
+                lease_id = self._check(chunk.lease)
+            if len(chunk.data) > CHUNK_NBYTES:
+                raise BadRequest(
+                    f"a chunk of {len(chunk.data)} bytes", hint=f"send at most {CHUNK_NBYTES}"
+                )
+            blocks = self._shell.state.writable(lease_id, self._shell.clock.now_s())
+            first_free = self._shell.state.num_committed(lease_id)
+            if blocks and chunk.offset < first_free * blocks[0].segment.block_nbytes:
+                raise CommitRefused(
+                    f"bytes at {chunk.offset} are committed already", hint="write before you commit"
+                )
+            places = [(block.segment, block.offset) for block in blocks]
+            data = memoryview(chunk.data)
+            for pool_id, start, skip, nbytes in _pieces(places, chunk.offset, len(data)):
+                buffer = self._shell.arenas[pool_id].buffer
+                buffer[start : start + nbytes].data[:] = data[skip : skip + nbytes]
+            written_nbytes += len(data)
+        return store_pb2.WriteResponse(nbytes=written_nbytes)
+
+    async def Read(  # noqa: N802
+        self, request: store_pb2.ReadRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[store_pb2.ReadResponse]:
+        """Streams the bytes under a read lease."""
+        lease_id = self._check(request.lease)
+        offset = request.offset
+        end: int | None = None
+        while end is None or offset < end:
+            entries = self._shell.state.readable(
+                lease_id, request.shard_index, self._shell.clock.now_s()
+            )
+            places = [(entry.segment, entry.offset) for entry in entries]
+            if end is None:
+                total = sum(segment.block_nbytes for segment, _ in places)
+                end = offset + request.nbytes if request.nbytes else total
+                if end > total or offset > total:
+                    raise BadRequest(f"bytes {offset} to {end} of a lease over {total}")
+                if offset == end:
+                    return
+            nbytes = min(CHUNK_NBYTES, end - offset)
+            data = b"".join(
+                self._shell.arenas[pool_id].buffer[start : start + length].tobytes()
+                for pool_id, start, _, length in _pieces(places, offset, nbytes)
+            )
+            yield store_pb2.ReadResponse(offset=offset, data=data)
+            offset += nbytes
+
+
+def _pieces(
+    places: list[tuple[PlacedSegment, int]], offset: int, nbytes: int
+) -> list[tuple[int, int, int, int]]:
+    """Where `nbytes` from `offset` of the blocks, laid end to end, lie.
+
+    Returns:
+        (pool, offset in the pool, offset in the asked range, bytes) in order; neighbours are joined.
+
+    Raises:
+        BadRequest: the range is longer than the blocks.
+    """
+    pieces: list[tuple[int, int, int, int]] = []
+    if not places:
+        raise BadRequest("the lease covers no blocks")
+    block_nbytes = places[0][0].block_nbytes
+    if offset + nbytes > block_nbytes * len(places):
+        raise BadRequest(
+            f"bytes {offset} to {offset + nbytes} of a lease over {block_nbytes * len(places)}",
+            hint="stay inside the leased blocks",
+        )
+    done = 0
+    while done < nbytes:
+        index, inside = divmod(offset + done, block_nbytes)
+        segment, start = places[index]
+        length = min(block_nbytes - inside, nbytes - done)
+        if pieces and pieces[-1][0] == segment.pool_id:
+            pool_id, before, skip, count = pieces[-1]
+            if before + count == start + inside:
+                pieces[-1] = (pool_id, before, skip, count + length)
+                done += length
+                continue
+        pieces.append((segment.pool_id, start + inside, done, length))
+        done += length
+    return pieces

@@ -1,0 +1,148 @@
+"""Runs the node's state machine on an event loop: brings it the time, carries its effects out.
+
+Rules kept here: one loop, one thread, so no lock; an answer goes to the door whose session asked, or nowhere if that
+session is gone; one timer is armed, for the next thing that can run out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from snowskin.kvstore.messages import (
+    Effect,
+    Fail,
+    Greeting,
+    PoolGrant,
+    Reply,
+    ReplyMessage,
+    Request,
+    SessionId,
+)
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.memory import Memfd, MemoryRegion
+from snowskin.transport.shm import ShmTransport
+
+if TYPE_CHECKING:
+    from snowskin.kvstore.clock import Clock
+    from snowskin.kvstore.node.state import NodeState
+    from snowskin.kvstore.pool.arena import Arena
+    from snowskin.kvstore.session import Session
+    from snowskin.transport.errors import SnowskinError
+
+Answer = Callable[[int, "ReplyMessage | SnowskinError"], None]
+"""Called as `answer(call_id, reply or error)`."""
+
+log = get_logger(__name__)
+
+
+class NodeShell:
+    """A node's state with its memory, clock and sessions' ways back."""
+
+    def __init__(self, state: NodeState, arenas: dict[int, Arena], clock: Clock) -> None:
+        """Owns `arenas` (by pool id) and closes them."""
+        self.state = state
+        self.arenas = arenas
+        self.clock = clock
+        self._answers: dict[SessionId, Answer] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s = 0.0
+        self._transport = ShmTransport()
+        self._regions = {pool_id: self._register(arena) for pool_id, arena in arenas.items()}
+
+    def open_session(
+        self, client_name: str, answer: Answer, *, maps_memory: bool, may_write: bool = True
+    ) -> Session:
+        """A client connected; its answers go to `answer`."""
+        session = self.state.open_session(client_name, maps_memory=maps_memory, may_write=may_write)
+        self._answers[session.id] = answer
+        log.info("session opened", session=session.id, client=client_name, maps=maps_memory)
+        return session
+
+    def end_session(self, session: Session) -> None:
+        """A client is gone."""
+        if self._answers.pop(session.id, None) is None:
+            return
+        log.info("session ended", session=session.id, client=session.client_name)
+        self._carry_out(self.state.end_session(session.id, self.clock.now_s()))
+
+    def request(self, session_id: SessionId, call_id: int, request: Request) -> None:
+        """One call; its answer comes by the session's `answer`, now or later."""
+        effects = self.state.on_request(session_id, call_id, request, self.clock.now_s())
+        self._carry_out(effects)
+
+    def cancel(self, session_id: SessionId, call_id: int) -> None:
+        """Nobody waits for this call any more."""
+        self.state.cancel(session_id, call_id)
+
+    def greeting(self, session: Session) -> Greeting:
+        """What a session on the local door is told; the descriptors go beside it, in the same order."""
+        limits = self.state.limits
+        pools = self.state.residence.pools
+        return Greeting(
+            node_id=self.state.node_id,
+            node_epoch=self.state.epoch,
+            session_id=session.id,
+            max_keys=limits.max_keys,
+            max_extent_nbytes=limits.max_extent_nbytes,
+            pools=tuple(
+                PoolGrant(
+                    pool_id=pool_id,
+                    tier=pools[pool_id].tier,
+                    nbytes=arena.nbytes,
+                    region=self._transport.describe(
+                        self._regions[pool_id], epoch=self.state.epoch
+                    ).to_bytes(),
+                )
+                for pool_id, arena in self.arenas.items()
+                if pools[pool_id].tenant == session.tenant
+            ),
+        )
+
+    def close(self) -> None:
+        """Stops the timer and frees the memory; idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for region in self._regions.values():
+            region.close()
+        self._transport.close()
+        for arena in self.arenas.values():
+            arena.close()
+
+    def _register(self, arena: Arena) -> MemoryRegion:
+        descriptor = arena.open_read_only()
+        try:
+            return self._transport.register(Memfd(fd=descriptor), writable=False)
+        finally:
+            os.close(descriptor)
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            answer = self._answers.get(effect.session_id)
+            if answer is None:
+                continue
+            match effect:
+                case Reply(call_id=call_id, message=message):
+                    answer(call_id, message)
+                case Fail(call_id=call_id, error=error):
+                    answer(call_id, error)
+        self._arm_timer()
+
+    def _arm_timer(self) -> None:
+        due_s = self.state.next_time_s()
+        if due_s is None:
+            return
+        if self._timer is not None:
+            if self._timer_at_s <= due_s:
+                return  # it will find this one later, and arm itself again
+            self._timer.cancel()
+        self._timer_at_s = due_s
+        delay_s = max(0.0, due_s - self.clock.now_s())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._carry_out(self.state.on_time(self.clock.now_s()))
