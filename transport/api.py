@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.memory import MemoryRegion
@@ -32,7 +32,7 @@ __all__ = [
 
 PIECE_NBYTES = 1 << 20
 
-Landed = Callable[[int, int], None]
+Landed = Callable[[int, int], object]
 """Called as `landed(local_offset, nbytes)` right after a piece moved, while it is in the cache."""
 
 
@@ -44,8 +44,7 @@ class TrafficClass(enum.IntEnum):
     REPLICATION = 2
 
 
-@dataclass(frozen=True, slots=True)
-class TransferReport:
+class TransferReport(NamedTuple):
     """What one pull or push did; `num_runs` counts runs after adjacent ones were joined."""
 
     nbytes: int

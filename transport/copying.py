@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from snowskin.transport.descriptor import RegionDescriptor
 
 INLINE_NBYTES = 256 * 1024
+SILENT_PIECE_NBYTES = 16 << 20  # about 1 ms: how late a deadline or a cancellation may be seen
 NUM_WORKERS = 2
 
 _SMALL_NBYTES = 16 * 1024
@@ -158,6 +159,7 @@ class CopyingTransport:
         now_s: Callable[[], float] = time.monotonic,
         move: MovePiece = move_piece,
         inline_nbytes: int = INLINE_NBYTES,
+        silent_piece_nbytes: int = SILENT_PIECE_NBYTES,
     ) -> None:
         """Starts no thread yet.
 
@@ -166,12 +168,14 @@ class CopyingTransport:
             now_s: the clock of deadlines.
             move: what lands a piece; `loopback` puts its faults here.
             inline_nbytes: from how many bytes on the async forms use a thread.
+            silent_piece_nbytes: least piece where no `landed` wants to see it in the cache.
         """
         self.name = name
         self.closed = False
         self._now_s = now_s
         self._move = move
         self._inline_nbytes = inline_nbytes
+        self._silent_piece_nbytes = silent_piece_nbytes
         self._lock = threading.Lock()
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
         self._attached: set[AttachedMemory] = set()
@@ -299,6 +303,8 @@ class CopyingTransport:
         try:
             return self._checked_transfer(order, stop)
         except TransportError as error:
+            if isinstance(error, PeerLost) and isinstance(order.remote, AttachedMemory):
+                order.remote.lost = True
             with self._lock:
                 self._num_failed[_failure_kind(error)] += 1
             raise
@@ -310,11 +316,13 @@ class CopyingTransport:
         source, target = (attached.memory, local) if is_pull else (local, attached.memory)
         self._check_sides(attached, source, target, started_s)
         nbytes = check_bounds(runs, remote_nbytes=attached.nbytes, local_nbytes=local.nbytes)
-        if target.quarantined_nbytes:
+        if target.has_quarantine:
             target.check_not_quarantined(_landing_ranges(runs, is_pull=is_pull))
         wanted = runs if len(runs) < 2 else joined(runs)
         # With a callback the caller's runs stay apart: a piece never crosses their boundaries.
         batch = wanted if landed is None else runs
+        if landed is None:
+            piece_nbytes = max(piece_nbytes, self._silent_piece_nbytes)
         for piece in batch if nbytes <= piece_nbytes else pieces(batch, piece_nbytes):
             if self._now_s() >= deadline_s:
                 raise TransferTimedOut(

@@ -12,6 +12,7 @@ import contextlib
 import math
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from snowskin.transport.errors import (
 from snowskin.transport.memory import LandingRange, MemoryRegion, region_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,13 @@ class LoopbackTransport(CopyingTransport):
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """Joins `network`, or makes one of its own: then it is its own only peer."""
-        super().__init__(self.scheme, now_s=now_s, move=self._move_with_faults, inline_nbytes=0)
+        super().__init__(
+            self.scheme,
+            now_s=now_s,
+            move=self._move_with_faults,
+            inline_nbytes=0,  # a delayed piece must not hold the event loop
+            silent_piece_nbytes=0,  # faults count pieces as they were asked for
+        )
         self._clock_s = now_s
         self._network = network or LoopbackNetwork()
         self._faults = LoopbackFaults()

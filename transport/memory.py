@@ -121,6 +121,11 @@ class MemoryRegion:
         return self._gate.closed
 
     @property
+    def has_quarantine(self) -> bool:
+        """Whether any range is in quarantine; asked by every transfer."""
+        return bool(self._quarantine)
+
+    @property
     def quarantined_nbytes(self) -> int:
         """Bytes into which an abandoned transfer may still write."""
         return sum(nbytes for ranges in list(self._quarantine.values()) for _, nbytes in ranges)
