@@ -30,7 +30,7 @@ from snowskin.tools.cluster.demo_inputs import (
     Message,
     cut_document,
     first_message,
-    model_directory,
+    make_model,
     next_turn,
     read_document,
 )
@@ -117,12 +117,8 @@ def _prepare(settings: DemoSettings, screen: Screen) -> tuple[Path, Tokenizer, U
     from snowskin.engines.model.config import ModelConfig
     from snowskin.engines.model.tokenizer import Tokenizer
 
-    directory = Path(settings.model) if settings.model else model_directory()
-    if not settings.model:
-        from snowskin.engines.model.random_model import make_random_model
-
-        screen.step(f"random model, 38 M parameters, 152 MB, made once: {directory}")
-        make_random_model(directory)
+    directory = Path(settings.model) if settings.model else make_model(screen.step)
+    screen.step(f"model: {directory}")
     tokenizer = Tokenizer(directory)
     config = ModelConfig.from_directory(directory)
     defaults = UpSettings(model=str(directory), http_port=0)

@@ -33,6 +33,20 @@ def model_directory(checkout: Path = _CHECKOUT) -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "snowskin" / RANDOM_MODEL
 
 
+def make_model(say: Callable[[str], None]) -> Path:
+    """The random model, made if it is not there or not the same; imports torch.
+
+    Args:
+        say: gets a sentence about what is made, before it is.
+    """
+    from snowskin.engines.model.random_model import make_random_model
+
+    directory = model_directory()
+    if not (directory / "config.json").is_file():
+        say(f"making a random model, 38 M parameters, 152 MB, once: {directory}")
+    return make_random_model(directory)
+
+
 def read_document(prompt_file: Path | None, checkout: Path = _CHECKOUT) -> str:
     """The text that the conversation is about.
 

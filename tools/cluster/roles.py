@@ -6,13 +6,13 @@ torch and a node needs no model code.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
-from snowskin.kvstore.config import options
+from snowskin.kvstore.config import options, setting
 from snowskin.kvstore.role import RoleSettings, Stop, run_role
 
 if TYPE_CHECKING:
@@ -72,31 +72,36 @@ def conductor() -> click.Command:
     )
 
 
-def _engine(role: str, what: str) -> click.Command:
-    from snowskin.engines.daemon import EngineSettings, serve_engine
+_ENGINE_HELP = """{what}
 
-    async def serve(settings: EngineSettings, stop: Stop) -> None:
-        await serve_engine(dataclasses.replace(settings, role=role), stop)
-
-    return role_command(
-        role,
-        EngineSettings,
-        serve,
-        help=f"""{what}
-
-        \b
-        Example:
-          snowskin {role} --model models/tiny --conductor 127.0.0.1:7000 \\
-              --node unix:/run/snowskin/node.sock --node-address 127.0.0.1:7100
-        """,
-    )
+\b
+Example:
+  snowskin {role} --model models/tiny --conductor 127.0.0.1:7000 \\
+      --node unix:/run/snowskin/node.sock --node-address 127.0.0.1:7100
+"""
 
 
 def prefill() -> click.Command:
     """`snowskin prefill`."""
-    return _engine("prefill", "A prefill engine: computes prompts and publishes their KV blocks.")
+    from snowskin.engines.daemon import EngineSettings, serve_engine
+
+    @dataclass(frozen=True, kw_only=True)
+    class PrefillSettings(EngineSettings):
+        role: Literal["prefill"] = setting("prefill", help="Said by the command already.")
+
+    what = "A prefill engine: computes prompts and publishes their KV blocks."
+    help_text = _ENGINE_HELP.format(what=what, role="prefill")
+    return role_command("prefill", PrefillSettings, serve_engine, help=help_text)
 
 
 def decode() -> click.Command:
     """`snowskin decode`."""
-    return _engine("decode", "A decode engine: pulls KV blocks and generates.")
+    from snowskin.engines.daemon import EngineSettings, serve_engine
+
+    @dataclass(frozen=True, kw_only=True)
+    class DecodeSettings(EngineSettings):
+        role: Literal["decode"] = setting("decode", help="Said by the command already.")
+
+    what = "A decode engine: pulls KV blocks and generates."
+    help_text = _ENGINE_HELP.format(what=what, role="decode")
+    return role_command("decode", DecodeSettings, serve_engine, help=help_text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ import click
 
 from snowskin.kvstore.config import options
 from snowskin.kvstore.telemetry import configure_logging
+from snowskin.tools.cluster.demo_inputs import make_model, model_directory
 from snowskin.tools.cluster.interrupts import Interrupted, run_interruptible
 from snowskin.tools.cluster.local import LocalCluster
 from snowskin.tools.cluster.up_settings import UpSettings
@@ -28,6 +31,12 @@ def forward_line(name: str, line: str) -> None:
 
 
 async def _serve(settings: UpSettings, config: Path | None) -> ChildGivenUp:
+    if not settings.model:
+        directory = model_directory()
+        print(f"no --model: taking the demonstration's random one, {directory}", flush=True)
+        if not (directory / "config.json").is_file():
+            await asyncio.to_thread(make_model, print)
+        settings = dataclasses.replace(settings, model=str(directory))
     async with LocalCluster(settings, config=config, forward=forward_line) as cluster:
         print(f"OpenAI-compatible HTTP: http://{cluster.http_address}/v1")
         print(

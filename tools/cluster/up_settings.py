@@ -16,7 +16,7 @@ DEFAULT_CONDUCTOR_PORT = 7000  # where kvctl looks
 class UpSettings:
     """What `snowskin up` starts. Sizes are per process."""
 
-    model: str = setting("", help="Model directory: config.json, *.safetensors, tokenizer.json.")
+    model: str = setting("", help="Model directory; without one, a random model is made.")
     nodes: int = setting(1, help="Store nodes; engines are spread over them.")
     prefill: int = setting(1, help="Prefill engines.")
     decode: int = setting(1, help="Decode engines.")
