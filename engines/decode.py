@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from snowskin.engines.limits import EngineLimits
     from snowskin.engines.link import StoreLink
     from snowskin.engines.runner import ModelRunner, Step
-    from snowskin.kvstore.client.store import Pulled
+    from snowskin.kvstore.client.machine import Pulled
 
 Emit = Callable[[DecodeOutput], Awaitable[None]]
 
@@ -289,9 +289,7 @@ class DecodeInstance:
         began_s = time.monotonic()
         try:
             pulled = await self._link.pull_tail(
-                sequence.block_ids[num_blocks],
-                timeout_s=self._limits.pull_timeout_s,
-                request_id=sequence.request_id,
+                sequence.block_ids[num_blocks], request_id=sequence.request_id
             )
         except SnowskinError as error:
             self._count_failure(error, tally)

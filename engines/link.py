@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from snowskin.engines.cancellation import outlast
+from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import SnowskinError
+from snowskin.transport.memory import MemoryRegion
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -24,8 +26,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from snowskin.kvstore.blocks import KeyColumn
-    from snowskin.kvstore.client.store import Published, Pulled, StoreClient
-    from snowskin.transport.memory import MemoryRegion
+    from snowskin.kvstore.client.machine import Published, Pulled
 
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5)
 LOOK_S = 0.25  # how soon a node that died between two calls is noticed
@@ -160,8 +161,8 @@ class StoreLink:
             ),
         )
 
-    async def pull_tail(self, block_id: int, *, timeout_s: float, request_id: str) -> Pulled:
-        """Fetches the request's tail into one block, as `StoreClient.pull_tail`."""
+    async def pull_tail(self, block_id: int, *, request_id: str) -> Pulled:
+        """Fetches the request's tail into one block, as `StoreClient.pull_tail`; does not wait."""
         connection = self._get()
         return await self._guard(
             connection,
@@ -171,12 +172,17 @@ class StoreLink:
                 nbytes=self.block_nbytes,
                 local=connection.region,
                 local_offset=block_id * self.block_nbytes,
-                timeout_s=timeout_s,
                 request_id=request_id,
             ),
         )
 
-    def _offsets(self, block_ids: Sequence[int]) -> list[int]:
+    def _offsets(self, block_ids: Sequence[int]) -> Sequence[int]:
+        """Byte offsets; a `range` where the blocks lie side by side, which the client copies as one."""
+        if block_ids and block_ids[-1] - block_ids[0] == len(block_ids) - 1:
+            steps = zip(block_ids, range(block_ids[0], block_ids[0] + len(block_ids)), strict=True)
+            if all(block_id == in_order for block_id, in_order in steps):
+                begin = block_ids[0] * self.block_nbytes
+                return range(begin, begin + len(block_ids) * self.block_nbytes, self.block_nbytes)
         return [block_id * self.block_nbytes for block_id in block_ids]
 
     def _get(self) -> _Connection:

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,8 @@ CHUNK_TOKENS = 16
 
 @functools.cache
 def model_directory() -> Path:
-    """A random model of two layers, made once."""
-    root = Path(tempfile.gettempdir()) / f"snowskin-tests-{_user()}"
-    directory = root / "tiny-engine-model"
+    """A random model of two layers, made once a process and gone with it."""
+    directory = Path(_directory().name) / "model"
     make_random_model(
         directory,
         layers=2,
@@ -46,10 +45,9 @@ def model_directory() -> Path:
     return directory
 
 
-def _user() -> int:
-    import os
-
-    return os.getuid()
+@functools.cache
+def _directory() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="snowskin-test-model-", ignore_cleanup_errors=True)
 
 
 def new_model() -> LlamaModel:
@@ -58,7 +56,7 @@ def new_model() -> LlamaModel:
 
 def prompt_tokens(num_tokens: int, seed: int = 0) -> list[int]:
     """Printable bytes, other ones for each seed."""
-    return np.random.default_rng(seed).integers(32, 127, num_tokens).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(32, 127, num_tokens)]
 
 
 def straight(token_ids: list[int], sampling: SamplingParams, max_length: int = 512) -> list[int]:
@@ -97,14 +95,21 @@ def make_prompt(
 
 
 def make_limits(**changes) -> EngineLimits:
-    values = {
-        "namespace": NAMESPACE,
-        "vocab_size": _reference().config.vocab_size,
-        "block_size": BLOCK_SIZE,
-        "max_context_tokens": 512,
-        "chunk_tokens": CHUNK_TOKENS,
-    }
-    return EngineLimits(**(values | changes))
+    limits = EngineLimits(
+        namespace=NAMESPACE,
+        vocab_size=_reference().config.vocab_size,
+        block_size=BLOCK_SIZE,
+        max_context_tokens=512,
+        chunk_tokens=CHUNK_TOKENS,
+    )
+    return replace(limits, **changes)
+
+
+async def until(condition, timeout_s=10.0) -> None:
+    """Returns when `condition()` holds; other tasks run in between."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110  many conditions have no event of their own
+            await asyncio.sleep(0.0005)
 
 
 @dataclass
@@ -151,7 +156,7 @@ class Bench:
 
     async def run_decode(
         self, prompt, sampling, handoff, request_id="r", answer=None, timeout_s=20.0
-    ) -> Answer:
+    ):
         answer = answer or Answer()
         future = handoff
         if not isinstance(handoff, asyncio.Future):
@@ -208,7 +213,7 @@ async def open_bench(
             async with asyncio.timeout(5):
                 for link in links:
                     await link.wait_connected()
-            yield Bench(prefill, decode, *runners, *links)
+            yield Bench(prefill, decode, runners[0], runners[1], links[0], links[1])
         finally:
             for task in tasks:
                 task.cancel()

@@ -8,34 +8,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.blocks import KeyColumn
+from snowskin.kvstore.client.machine import Published, Pulled
 from snowskin.kvstore.errors import NodeUnavailable, TailUnknown
 from snowskin.kvstore.messages import WakeReason
 from snowskin.transport.memory import MemoryRegion, region_of
 
 if TYPE_CHECKING:
-    from snowskin.transport.errors import SnowskinError
+    from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.transport.errors import SnowskinError  # noqa: TC004  an annotation only
 
 Key = tuple[bytes, bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    num_blocks: int
-    num_blocks_existing: int
-    nbytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pulled:
-    num_blocks: int
-    nbytes: int
-    num_extents: int
-    corrupt_blocks: tuple
-    wake_reason: WakeReason
-    seconds: float
-    first_byte_s: float | None
 
 
 @dataclass
@@ -151,7 +133,7 @@ class FakeStoreClient:
         )
 
     async def publish_tail(
-        self, *, namespace, tail_id, local, local_offset, nbytes, timeout_s=2.0, request_id=""
+        self, *, namespace, tail_id, local, local_offset, nbytes, timeout_s=0.0, request_id=""
     ) -> Published:
         await self._begin("publish_tail")
         self.store.tails[tail_id] = _read(local, local_offset, nbytes)
@@ -198,9 +180,10 @@ class FakeStoreClient:
         )
 
     async def pull_tail(
-        self, *, namespace, tail_id, nbytes, local, local_offset, timeout_s=2.0, request_id=""
+        self, *, namespace, tail_id, nbytes, local, local_offset, timeout_s=0.0, request_id=""
     ) -> Pulled:
         await self._begin("pull_tail")
+        assert timeout_s == 0.0, "after the hand-off there is nothing to wait for"
         data = self.store.tails.pop(tail_id, None)
         if data is None:
             raise TailUnknown(f"no tail of {tail_id}")

@@ -1,0 +1,347 @@
+"""The process of one instance: model, link to its node, service, standing with the conductor.
+
+Rules kept here: torch is imported after its threads are set, and only by a process that computes;
+what cannot work (model, settings, port) ends the start with one clear error; what may come back
+(node, conductor) never does. A drain refuses new requests and lets running ones finish.
+"""
+
+# ruff: noqa: TC004  (annotations only; imported at run time they would bring torch)
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from snowskin.engines.cancellation import Background
+from snowskin.engines.model.config import ModelConfig
+from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.config import check_bind, format_nbytes, setting
+from snowskin.kvstore.errors import BadSetting
+from snowskin.kvstore.layout import Layout
+from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
+from snowskin.kvstore.rpc import serving
+from snowskin.kvstore.telemetry import HealthServer, get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from snowskin.engines.decode import DecodeInstance
+    from snowskin.engines.limits import EngineLimits
+    from snowskin.engines.link import StoreLink
+    from snowskin.engines.model.kv_memory import KvMemory
+    from snowskin.engines.model.llama import LlamaModel
+    from snowskin.engines.prefill import PrefillInstance
+    from snowskin.engines.registration import Registration
+    from snowskin.engines.runner import ModelRunner
+
+WARM_UP_TOKENS = 128
+NODE_WAIT_S = 2.0
+DRAIN_LOOK_S = 0.02
+REPORT_WAIT_S = 0.5
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(RoleSettings):
+    """Settings of a prefill or decode instance."""
+
+    role: Literal["prefill", "decode"] = setting("prefill", help="What the instance does.")
+    instance_id: str = setting("", help="Its name; role, host and process id if empty.")
+    model: str = setting("", help="Hugging Face model directory.")
+    model_name: str = setting("", help="Name of the model; the directory's name if empty.")
+    weights_revision: str = setting(
+        "", help="Hex name of the weights; a fingerprint of the files if empty."
+    )
+    dtype: Literal["float32", "bfloat16"] = setting("float32", help="Type of weights and KV.")
+    device: str = setting("cpu", help="Where torch computes; this build needs cpu.")
+    threads: int = setting(0, help="Compute threads; 0 takes one for each core.")
+    node: str = setting("", help="Its own node: unix:/path of the door, or host:port.")
+    node_address: str = setting("", help="gRPC address of its own node, told to others.")
+    conductor: str = setting("", help="gRPC address of the conductor; none if empty.")
+    block_size: int = setting(16, help="Tokens of a block.")
+    chunk_tokens: int = setting(512, help="Tokens of a prefill chunk, whole blocks.")
+    kv_memory_nbytes: int = setting(512 << 20, help="Size of its own KV memory.")
+    max_context_tokens: int = setting(
+        0, help="Tokens of prompt and answer together; the model's most if 0."
+    )
+    max_running: int = setting(32, help="Sequences that hold KV memory at once.")
+    max_waiting: int = setting(64, help="Requests that wait; more are refused.")
+    pull_timeout_s: float = setting(2.0, help="Longest pull of cached blocks.")
+    publish_timeout_s: float = setting(2.0, help="Longest wait for room at the node.")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, before anything is loaded."""
+        check_bind(self.host, insecure=self.insecure)
+        if not self.model:
+            raise BadSetting("no model is named", hint="give --model DIR, a model's directory")
+        if not self.node:
+            raise BadSetting("no node is named", hint="give --node unix:/path, or host:port")
+        if self.device != "cpu":
+            raise BadSetting(f"device is {self.device!r}", hint="this build needs cpu")
+        if self.threads < 0 or self.max_context_tokens < 0:
+            raise BadSetting(
+                f"threads is {self.threads}, max_context_tokens is {self.max_context_tokens}",
+                hint="use 0 or more",
+            )
+        if self.block_size < 1 or self.chunk_tokens < 1 or self.chunk_tokens % self.block_size:
+            raise BadSetting(
+                f"chunk_tokens is {self.chunk_tokens}, block_size is {self.block_size}",
+                hint="make chunk_tokens a multiple of block_size",
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Engine:
+    """What a started instance is made of; one of `prefill` and `decode` is set."""
+
+    runner: ModelRunner
+    link: StoreLink
+    limits: EngineLimits
+    layout: Layout
+    prefill: PrefillInstance | None = None
+    decode: DecodeInstance | None = None
+
+    @property
+    def instance(self) -> PrefillInstance | DecodeInstance:
+        """The one that is set."""
+        instance = self.prefill or self.decode
+        assert instance is not None, "an engine has one role"
+        return instance
+
+
+async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = True) -> None:
+    """Serves until `stop`, then drains.
+
+    Args:
+        settings: of the process.
+        stop: ends it.
+        verify: whether pulled blocks are checked; False only in tests that show what checking
+            prevents.
+
+    Raises:
+        ModelMissing, ModelCorrupt, ModelUnsupported: the model cannot be loaded.
+        BadSetting, AddressInUse: the settings cannot work here.
+    """
+    instance_id = settings.instance_id or f"{settings.role}-{socket.gethostname()}-{os.getpid()}"
+    config = ModelConfig.from_directory(settings.model)  # before torch: this fails fast
+    _set_threads(_num_threads(settings))
+
+    async def connect() -> StoreClient:
+        return await StoreClient.connect(settings.node, client_name=instance_id, verify=verify)
+
+    from snowskin.engines.service import SERVICE_NAME, EngineService
+    from snowskin.v1 import engine_pb2_grpc
+
+    async with AsyncExitStack() as stack:
+        engine = await _open_engine(settings, config, connect, stack)
+        link = engine.link
+        background = await stack.enter_async_context(Background())
+        background.start(link.run(), "link")
+        if engine.decode is not None:
+            background.start(engine.decode.run(), "batch")
+        service = EngineService(
+            instance_id,
+            prefill=engine.prefill,
+            decode=engine.decode,
+            is_node_connected=lambda: link.connected,
+        )
+        stack.push_async_callback(service.close)
+        await _wait_for_node(link, settings.node)
+        server = await stack.enter_async_context(
+            serving(
+                [(engine_pb2_grpc.add_EngineServicer_to_server, service)],
+                host=settings.host,
+                port=settings.port,
+                service_names=[SERVICE_NAME],
+                role=settings.role,
+            )
+        )
+
+        def check() -> tuple[bool, dict[str, object]]:
+            facts = {"role": settings.role, "id": instance_id, "node_connected": link.connected}
+            return not engine.instance.draining, facts
+
+        health = await stack.enter_async_context(
+            HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
+        )
+        registration = _registration(settings, instance_id, server.address, engine)
+        if registration is not None:
+            background.start(registration.run(), "registration")
+        announce_ready(
+            settings,
+            role=settings.role,
+            id=instance_id,
+            address=server.address,
+            http_address=f"{settings.host}:{health.port}",
+        )
+        await background.until(stop.wait())
+        await _drain(engine.instance, registration, settings.drain_s)
+
+
+async def _open_engine(
+    settings: EngineSettings,
+    config: ModelConfig,
+    connect: Callable[[], Awaitable[StoreClient]],
+    stack: AsyncExitStack,
+) -> _Engine:
+    """Loads the model and makes the instance; `stack` closes what it opened."""
+    from snowskin.engines.decode import DecodeInstance
+    from snowskin.engines.limits import EngineLimits
+    from snowskin.engines.link import StoreLink
+    from snowskin.engines.prefill import PrefillInstance
+    from snowskin.engines.runner import ModelRunner
+
+    began_s = time.monotonic()
+    # The loop stays free, so that a signal ends a long load.
+    model, memory, revision = await asyncio.to_thread(_load, settings, config)
+    layout = Layout(
+        model=settings.model_name or _directory_name(settings.model),
+        weights_revision=revision,
+        dtype=settings.dtype,
+        byte_order=sys.byteorder,
+        block_size=settings.block_size,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
+    assert layout.block_nbytes == memory.block_nbytes, "layout and memory disagree"
+    limits = EngineLimits(
+        namespace=layout.namespace,
+        vocab_size=config.vocab_size,
+        block_size=settings.block_size,
+        max_context_tokens=min(
+            settings.max_context_tokens or config.max_position, config.max_position
+        ),
+        chunk_tokens=settings.chunk_tokens,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        pull_timeout_s=settings.pull_timeout_s,
+        publish_timeout_s=settings.publish_timeout_s,
+    )
+    runner = await stack.enter_async_context(ModelRunner(model, memory))
+    link = StoreLink(
+        connect,
+        memory.host_view(),
+        namespace=layout.namespace,
+        block_nbytes=memory.block_nbytes,
+    )
+    engine = _Engine(runner=runner, link=link, limits=limits, layout=layout)
+    if settings.role == "prefill":
+        engine.prefill = PrefillInstance(runner, link, limits, node_address=settings.node_address)
+    else:
+        engine.decode = DecodeInstance(runner, link, limits)
+    await _warm_up(engine, memory.num_blocks * settings.block_size)
+    log.info(
+        "model loaded",
+        model=layout.model,
+        namespace=layout.namespace.hex()[:16],
+        kv_blocks=memory.num_blocks,
+        seconds=round(time.monotonic() - began_s, 3),
+    )
+    return engine
+
+
+def _load(settings: EngineSettings, config: ModelConfig) -> tuple[LlamaModel, KvMemory, str]:
+    """The model, KV memory of the wished size, and the hex name of the weights."""
+    import torch
+
+    from snowskin.engines.model.kv_memory import KvMemory
+    from snowskin.engines.model.llama import DTYPES, load_model
+    from snowskin.engines.model.weights import fingerprint
+
+    torch.set_num_threads(_num_threads(settings))  # where something imported torch before us
+    dtype = DTYPES[settings.dtype]
+    block_nbytes = config.kv_block_nbytes(block_size=settings.block_size, itemsize=dtype.itemsize)
+    num_blocks = settings.kv_memory_nbytes // block_nbytes
+    if num_blocks < settings.chunk_tokens // settings.block_size:
+        raise BadSetting(
+            f"kv_memory_nbytes {format_nbytes(settings.kv_memory_nbytes)} is {num_blocks} blocks "
+            f"of {block_nbytes} bytes, less than one chunk of {settings.chunk_tokens} tokens",
+            hint="raise kv_memory_nbytes, or lower chunk_tokens",
+        )
+    model = load_model(settings.model, dtype, settings.device)
+    memory = KvMemory(config, num_blocks, settings.block_size, dtype, settings.device)
+    revision = settings.weights_revision or fingerprint(settings.model).hex()
+    return model, memory, revision
+
+
+async def _warm_up(engine: _Engine, max_tokens: int) -> None:
+    """Pays torch's first-call costs, and measures, so that the first report is worth something."""
+    num_tokens = min(WARM_UP_TOKENS, engine.limits.chunk_tokens, max_tokens)
+    num_tokens = min(num_tokens, engine.limits.max_context_tokens)
+    meter = engine.instance.meter
+    meter.prefilled(num_tokens=num_tokens, seconds=await engine.runner.warm_up(num_tokens))
+    if engine.decode is not None:
+        meter.decoded(seconds=await engine.runner.warm_up(1))
+
+
+async def _wait_for_node(link: StoreLink, node: str) -> None:
+    """Gives the node a moment; an instance without one computes everything, and says so."""
+    try:
+        async with asyncio.timeout(NODE_WAIT_S):
+            await link.wait_connected()
+    except TimeoutError:
+        log.warning("starting without a node, nothing is cached until it answers", node=node)
+
+
+def _registration(
+    settings: EngineSettings, instance_id: str, address: str, engine: _Engine
+) -> Registration | None:
+    from snowskin.engines.registration import Registration
+    from snowskin.v1 import conductor_pb2
+
+    if not settings.conductor:
+        return None
+    layout = engine.layout
+    facts = conductor_pb2.RegisterRequest(
+        instance_id=instance_id,
+        instance_epoch=secrets.randbits(63) | 1,
+        role=settings.role,
+        address=address,
+        node_address=settings.node_address,
+        namespaces=[layout.namespace],
+        layout_json=json.dumps(asdict(layout), sort_keys=True),
+        block_size=layout.block_size,
+        block_nbytes=layout.block_nbytes,
+        model_name=layout.model,
+        max_context_tokens=engine.limits.max_context_tokens,
+    )
+    return Registration(settings.conductor, facts, engine.instance)
+
+
+async def _drain(
+    instance: PrefillInstance | DecodeInstance, registration: Registration | None, drain_s: float
+) -> None:
+    """Refuses what is new, says so, and lets what runs finish within `drain_s`."""
+    instance.draining = True
+    deadline_s = time.monotonic() + drain_s
+    if registration is not None:
+        await registration.report_now(min(REPORT_WAIT_S, drain_s))
+    # Looked at, not waited for: only a drain wants to know.
+    while instance.num_requests and time.monotonic() < deadline_s:  # noqa: ASYNC110
+        await asyncio.sleep(DRAIN_LOOK_S)
+    log.info("drained", requests_cut=instance.num_requests)
+
+
+def _directory_name(model: str) -> str:
+    return Path(model).resolve().name
+
+
+def _num_threads(settings: EngineSettings) -> int:
+    return settings.threads or os.cpu_count() or 1
+
+
+def _set_threads(num_threads: int) -> None:
+    """Before torch is imported: OpenMP reads these once. Spinning threads starve the neighbours."""
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

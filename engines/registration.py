@@ -1,0 +1,107 @@
+"""An instance's standing with the conductor: announced, and reported on, for as long as it runs.
+
+Rules kept here: an unreachable conductor never stops an instance; it is tried again until it
+answers; a conductor that does not know the instance (it has restarted) is told all anew; the log
+says once that it is gone and once that it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from snowskin.engines.service import load_to
+from snowskin.kvstore.rpc import open_channel, translating
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.errors import SnowskinError
+from snowskin.v1 import conductor_pb2, conductor_pb2_grpc
+
+if TYPE_CHECKING:
+    from snowskin.engines.service import Instance
+
+CALL_TIMEOUT_S = 2.0
+BACKOFF_S = 0.25
+MIN_INTERVAL_S = 0.02  # whatever a conductor asks for
+
+log = get_logger(__name__)
+
+
+class Registration:
+    """Keeps one instance registered; `run` is a task of its process."""
+
+    def __init__(
+        self, conductor: str, facts: conductor_pb2.RegisterRequest, instance: Instance
+    ) -> None:
+        """`facts` is what Register sends, the load apart."""
+        self._conductor = conductor
+        self._facts = facts
+        self._instance = instance
+        self._hurry = asyncio.Event()
+        self._reported = asyncio.Event()
+
+    async def run(self) -> None:
+        """Registers and reports until cancelled."""
+        channel = open_channel(self._conductor)
+        try:
+            stub = conductor_pb2_grpc.ConductorStub(channel)
+            interval_s: float | None = None
+            is_lost = False
+            while True:
+                try:
+                    with translating(f"conductor {self._conductor}"):
+                        if interval_s is None:
+                            interval_s = await self._register(stub)
+                        elif not await self._report(stub):
+                            interval_s = None
+                            continue
+                except SnowskinError as error:
+                    if not is_lost:
+                        log.warning("conductor unreachable", error=str(error))
+                    is_lost = True
+                    await self._pause(BACKOFF_S)
+                else:
+                    if is_lost:
+                        log.info("conductor back", conductor=self._conductor)
+                    is_lost = False
+                    await self._pause(interval_s)
+        finally:
+            await channel.close(None)
+
+    async def report_now(self, timeout_s: float) -> None:
+        """Reports at once, for a change that cannot wait; gives up silently after `timeout_s`."""
+        self._reported.clear()
+        self._hurry.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._reported.wait()
+        except TimeoutError:
+            log.warning("change not reported in time", seconds=timeout_s)
+
+    async def _register(self, stub: conductor_pb2_grpc.ConductorStub) -> float:
+        request = conductor_pb2.RegisterRequest()
+        request.CopyFrom(self._facts)
+        request.load.CopyFrom(load_to(self._instance.load()))
+        response = await stub.Register(request, timeout=CALL_TIMEOUT_S)
+        log.info("registered", conductor=self._conductor)
+        interval_s: float = response.report_interval_ms / 1000
+        return max(MIN_INTERVAL_S, interval_s)
+
+    async def _report(self, stub: conductor_pb2_grpc.ConductorStub) -> bool:
+        request = conductor_pb2.ReportRequest(
+            instance_id=self._facts.instance_id,
+            instance_epoch=self._facts.instance_epoch,
+            load=load_to(self._instance.load()),
+            draining=self._instance.draining,
+        )
+        response = await stub.Report(request, timeout=CALL_TIMEOUT_S)
+        if response.known:
+            self._reported.set()
+        return bool(response.known)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
+        except TimeoutError:
+            return
+        self._hurry.clear()
