@@ -1,8 +1,8 @@
 """Transfers by memory copy: what `shm` and `loopback` have in common.
 
-Rules kept here: everything is checked before the first piece; between two pieces the transfer looks
-at its deadline, at its regions, and at whether it was cancelled; a piece lands inside the landing
-region's bracket and nothing else does; `landed` runs outside of it.
+Rules kept here: everything is checked before the first piece; before each piece the transfer looks
+at its deadline and at whether it was cancelled; a region that was closed refuses the piece; a piece
+lands inside the landing region's bracket and nothing else does; `landed` runs outside of it.
 
 The callers' thread copies. From 256 KiB on, the `_async` forms copy in a worker thread, because the
 copy releases the GIL; a hop into a thread and back costs about as much as 1 MiB of copying.
@@ -78,7 +78,8 @@ def move_piece(
                 target.buffer[target_offset:target_end], source.buffer[source_offset:source_end]
             )
     except ValueError:
-        # A source that closed in between has no bytes left; anything else is a bug.
+        # A source that closed in between has no bytes left (the target's bracket looks for itself);
+        # anything else is a bug. The transport's own close closes one of the two.
         if not source.closed:
             raise
         raise TransportClosed("the source region was closed during the transfer") from None
@@ -328,8 +329,6 @@ class CopyingTransport:
                 raise TransferTimedOut(
                     f"deadline passed {self._now_s() - deadline_s:.3f} s ago, within {nbytes} bytes"
                 )
-            if self.closed or source.closed:
-                raise TransportClosed("closed during the transfer")
             if stop is not None and stop.is_set():
                 raise TransferCancelled("cancelled by the caller")
             remote_offset, local_offset, size = piece

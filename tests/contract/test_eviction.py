@@ -64,6 +64,18 @@ def test_abandoned_iteration_loses_no_block(policy: Policy) -> None:
     assert set(evict_all(policy)) == {1, 2, 10}
 
 
+def test_block_that_becomes_a_leaf_again_is_offered_once(policy: Policy) -> None:
+    chain(policy, 1, 2)
+    policy.on_remove(2)
+    assert list(policy.victims()) == [1]
+    offered = []
+    for key in policy.victims():
+        offered.append(key)
+        policy.on_insert(len(offered) + 1, 1)
+        policy.on_remove(len(offered) + 1)
+    assert offered == [1]
+
+
 def test_parent_that_comes_later_is_no_leaf(policy: Policy) -> None:
     policy.on_insert(2, 1)
     policy.on_insert(1, None)
@@ -138,6 +150,18 @@ def test_lru_forgets_what_left_without_ever_being_offered() -> None:
         policy.on_remove(key)
     assert len(policy._heap) < 3_000
     assert evict_all(policy) == [-1]
+
+
+def test_lru_that_compacts_within_an_iteration_offers_no_block_twice() -> None:
+    policy: LruEviction[int] = LruEviction()
+    policy.on_insert(1, None)
+    offered = []
+    for key in policy.victims():
+        offered.append(key)
+        policy._compact()
+        policy.on_insert(2, 1)
+        policy.on_remove(2)
+    assert offered == [1]
 
 
 class LruMachine(RuleBasedStateMachine):

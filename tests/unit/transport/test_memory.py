@@ -160,6 +160,9 @@ def test_quarantine_keeps_out_what_overlaps_and_ends_when_lifted() -> None:
     region.lift_quarantine("a")
     region.lift_quarantine("a")
     region.check_not_quarantined([(0, 100)])
+    region.close()
+    region.quarantine("b", [(0, 10)])
+    assert region.quarantined_nbytes == 0, "nothing lands in a closed region"
 
 
 def test_population_faults_pages_in_and_stops(memfd: int) -> None:
