@@ -16,10 +16,10 @@ import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from snowskin.kvstore.messages import LeaseId, SessionId
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from snowskin.kvstore.messages import LeaseId, SessionId
 
 HoldT = TypeVar("HoldT")
 

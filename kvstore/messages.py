@@ -6,14 +6,16 @@ Rules kept here: nothing in this file knows protobuf, sockets or clocks. Times t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
-from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.segment import Extent
-from snowskin.transport.errors import SnowskinError
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.kvstore.segment import Extent
+    from snowskin.transport.errors import SnowskinError
 
 SessionId = NewType("SessionId", int)
 LeaseId = NewType("LeaseId", int)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,11 +22,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from snowskin.kvstore.errors import (
     AddressInUse,
+    BadRequest,
     DeadlineExceeded,
+    LimitExceeded,
     NodeUnavailable,
-    from_reason,
 )
 from snowskin.kvstore.telemetry import bind_request, get_logger
+from snowskin.kvstore.wire import detail_to_error, error_to_detail
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import common_pb2
 
@@ -95,26 +97,11 @@ def call_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
     return ((REQUEST_ID_HEADER, request_id),) if request_id else ()
 
 
-def error_to_detail(error: SnowskinError) -> common_pb2.ErrorDetail:
-    """What crosses the wire of an error."""
-    detail = common_pb2.ErrorDetail(
-        reason=error.reason, status=error.status, message=error.message, hint=error.hint
-    )
-    if error.retry_after_s is not None:
-        detail.retry_after_ms = max(1, round(error.retry_after_s * 1000))
-    return detail
-
-
-def detail_to_error(detail: common_pb2.ErrorDetail) -> SnowskinError:
-    """The same error on the other side."""
-    retry_after_s = detail.retry_after_ms / 1000 if detail.HasField("retry_after_ms") else None
-    return from_reason(detail.reason, detail.message, hint=detail.hint, retry_after_s=retry_after_s)
-
-
 def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:
     """The typed error behind a failed call."""
     call = cast("grpc.aio.AioRpcError", error)
-    for key, value in call.trailing_metadata() or ():
+    trailing = cast("Iterable[tuple[str, str | bytes]]", call.trailing_metadata() or ())
+    for key, value in trailing:
         if key == ERROR_HEADER and isinstance(value, bytes):
             detail = common_pb2.ErrorDetail()
             try:
@@ -129,7 +116,14 @@ def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:
         return NodeUnavailable(
             f"{peer} cannot be reached: {text}", hint="check that it runs and its address is right"
         )
-    return from_reason(code.name, f"{peer} answered {code.name}: {text}")
+    kind = _BY_STATUS.get(code, SnowskinError)
+    return kind(f"{peer} answered {code.name}: {text}")
+
+
+_BY_STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: BadRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: LimitExceeded,
+}
 
 
 @contextmanager
@@ -156,10 +150,10 @@ async def _abort(context: Any, error: Exception, method: str) -> None:
 Behaviour = Callable[[Any, Any], Any]
 
 
-class _Border(grpc.aio.ServerInterceptor):
+class _Border(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Binds the request's id to the logs, and turns errors into statuses."""
 
-    async def intercept_service(
+    async def intercept_service(  # type: ignore[override]  # the stubs' handler is narrower than grpc's
         self,
         continuation: Callable[..., Coroutine[Any, Any, Any]],
         handler_call_details: grpc.HandlerCallDetails,
@@ -250,7 +244,7 @@ async def serving(
     )
     for add, servicer in services:
         add(servicer, server)
-    checker = health.aio.HealthServicer()
+    checker: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     for name in ("", *service_names):
         await checker.set(name, health_pb2.HealthCheckResponse.SERVING)

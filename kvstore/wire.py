@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.errors import BadRequest, ProtocolViolation
+from snowskin.kvstore.errors import BadRequest, ProtocolViolation, from_reason
 from snowskin.kvstore.messages import (
     Aborted,
     AbortRequest,
@@ -49,6 +49,8 @@ from snowskin.v1 import common_pb2, door_pb2, store_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from snowskin.transport.errors import SnowskinError
 
 TIERS = {"hbm": common_pb2.TIER_HBM, "dram": common_pb2.TIER_DRAM, "nvme": common_pb2.TIER_NVME}
 TIER_NAMES = {number: name for name, number in TIERS.items()}
@@ -90,6 +92,25 @@ def _checksums_from(checksums: common_pb2.Checksums) -> bytes:
             hint="use CHECKSUM_ALGORITHM_CRC32C_KEYED",
         )
     return checksums.packed
+
+
+# --- errors
+
+
+def error_to_detail(error: SnowskinError) -> common_pb2.ErrorDetail:
+    """What crosses the wire of an error."""
+    detail = common_pb2.ErrorDetail(
+        reason=error.reason, status=error.status, message=error.message, hint=error.hint
+    )
+    if error.retry_after_s is not None:
+        detail.retry_after_ms = max(1, round(error.retry_after_s * 1000))
+    return detail
+
+
+def detail_to_error(detail: common_pb2.ErrorDetail) -> SnowskinError:
+    """The same error on the other side."""
+    retry_after_s = detail.retry_after_ms / 1000 if detail.HasField("retry_after_ms") else None
+    return from_reason(detail.reason, detail.message, hint=detail.hint, retry_after_s=retry_after_s)
 
 
 # --- requests, node's side

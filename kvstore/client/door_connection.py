@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from snowskin.kvstore.client.machine import Conversation, Move
 from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
@@ -19,7 +20,10 @@ from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Req
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import SnowskinError
-from snowskin.transport.shm import AttachedMemory, ShmTransport
+from snowskin.transport.shm import ShmTransport
+
+if TYPE_CHECKING:
+    from snowskin.transport.copying import AttachedMemory
 
 RECV_NBYTES = 256 << 10
 MAX_POOLS = 64

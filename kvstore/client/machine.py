@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from snowskin.kvstore.checksum import RunningChecksums
 from snowskin.kvstore.errors import (
@@ -41,22 +41,22 @@ from snowskin.kvstore.messages import (
     TailSpec,
     WakeReason,
 )
-from snowskin.kvstore.rpc import detail_to_error
 from snowskin.kvstore.wire import (
     EMPTY_KEYS,
+    detail_to_error,
     greeting_from,
     parse,
     reply_from,
     request_to,
 )
-from snowskin.transport.api import Landed
-from snowskin.transport.api import Run as TransferRun
-from snowskin.transport.memory import MemoryRegion
+from snowskin.transport.runs import Run as TransferRun
 from snowskin.v1 import door_pb2
 
 if TYPE_CHECKING:
     from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.transport.api import Landed
     from snowskin.transport.errors import SnowskinError
+    from snowskin.transport.memory import MemoryRegion
 
 # --- one connection to the local door
 
@@ -78,7 +78,9 @@ class Conversation:
         request = door_pb2.DoorRequest(call_id=self._next_id())
         request.hello.wire_version = WIRE_VERSION
         request.hello.client_name = client_name
-        request.hello.access = access
+        request.hello.access = (
+            door_pb2.POOL_ACCESS_WRITE if access is Access.WRITE else door_pb2.POOL_ACCESS_READ
+        )
         self._pending.add(request.call_id)
         return frame(request.SerializeToString())
 
@@ -319,12 +321,12 @@ def _publish(
             for run in reserved.runs
             for index in range(run.first_block_index, run.first_block_index + run.num_blocks)
         ]
-        sums = RunningChecksums(
-            local.buffer, request.namespace, [names[index] for index in order], block_nbytes
-        )
+        sums = RunningChecksums(local.buffer, block_nbytes)
         moves = _transfer_runs(reserved.runs, block_nbytes, local_offsets)
         yield Move(True, lease, moves, local, sums.landed, settings.move_timeout_s)
-        commit = CommitRequest(lease_id=lease.id, num_blocks=len(order), checksums=sums.packed())
+        new_names = b"".join([names[index] for index in order])
+        checksums = sums.records(request.namespace, new_names, len(names[0])).tobytes()
+        commit = CommitRequest(lease_id=lease.id, num_blocks=len(order), checksums=checksums)
         answered = yield Call(commit, settings.call_timeout_s, lease)
     except BaseException:
         yield Tell(AbortRequest(lease_id=lease.id), lease)
@@ -338,6 +340,13 @@ def _publish(
         nbytes=len(order) * block_nbytes,
         seconds=answered.ended_at_s - asked.began_at_s,
     )
+
+
+class Names(NamedTuple):
+    """What checksums are tied to: a packed column of keys, or one tail's id."""
+
+    packed: bytes
+    width: int
 
 
 def pull(
@@ -363,7 +372,15 @@ def pull(
     if not local_offsets:
         raise BadRequest("a pull into no blocks", hint="give a local offset for each block")
     return (
-        yield from _pull(settings, request, namespace, keys, block_nbytes, local, local_offsets)
+        yield from _pull(
+            settings,
+            request,
+            namespace,
+            Names(keys.packed, keys.width),
+            block_nbytes,
+            local,
+            local_offsets,
+        )
     )
 
 
@@ -386,7 +403,8 @@ def pull_tail(
         timeout_s=timeout_s,
         tail_request_id=tail_id,
     )
-    names = [tail_id.encode()]
+    name = tail_id.encode()
+    names = Names(name, len(name))
     pulled = yield from _pull(settings, request, namespace, names, nbytes, local, [local_offset])
     if pulled.corrupt_blocks:
         raise ChecksumMismatch(
@@ -399,7 +417,7 @@ def _pull(
     settings: FlowSettings,
     request: MatchRequest,
     namespace: bytes,
-    names: Sequence[bytes],
+    names: Names,
     block_nbytes: int,
     local: MemoryRegion,
     local_offsets: Sequence[int],
@@ -423,12 +441,13 @@ def _pull(
         moves = _transfer_runs(matched.runs, block_nbytes, local_offsets)
         sums = None
         if settings.verify:
-            sums = RunningChecksums(local.buffer, namespace, names, block_nbytes)
+            sums = RunningChecksums(local.buffer, block_nbytes)
         moved = yield Move(
             False, lease, moves, local, sums.landed if sums else None, settings.move_timeout_s
         )
         if sums is not None:
-            wrong = tuple(sums.mismatches(matched.checksums[0]))
+            packed = names.packed[: num_blocks * names.width]
+            wrong = tuple(sums.mismatches(namespace, packed, names.width, matched.checksums[0]))
         elif moved.ended_at_s > asked.began_at_s + lease.ttl_s:
             raise LeaseExpired("the read lease ran out during the copy", hint="pull again")
     finally:

@@ -184,7 +184,7 @@ class RpcConnection:
         self._open = False
         if self._telling:
             await asyncio.wait(self._telling, timeout=TELL_TIMEOUT_S)
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _tell(self, request: Request, lease: Lease, request_id: str) -> None:
         try:

@@ -46,7 +46,7 @@ from snowskin.transport.errors import SnowskinError
 from snowskin.transport.memory import MemoryRegion, region_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -333,7 +333,7 @@ class StoreClient:
             request, timeout_s=self._settings.call_timeout_s, lease=None, request_id=request_id
         )
 
-    async def _run(self, flow: machine.Generator[Step, Done, ResultT], request_id: str) -> ResultT:
+    async def _run(self, flow: Generator[Step, Done, ResultT], request_id: str) -> ResultT:
         self._check_usable()
         try:
             step = next(flow)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.messages import SessionId
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,7 +48,6 @@ class BlockEntry:
     offset: int
     checksum: bytes
     one_reader: bool = False
-    writer: SessionId | None = None
     is_taken: bool = False
 
 

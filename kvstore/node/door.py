@@ -25,9 +25,15 @@ from snowskin.kvstore.errors import (
 )
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES, FrameReader, frame
 from snowskin.kvstore.messages import WIRE_VERSION, Access, ReplyMessage
-from snowskin.kvstore.rpc import error_to_detail
 from snowskin.kvstore.telemetry import get_logger
-from snowskin.kvstore.wire import access_from, greeting_to, parse, reply_to, request_from
+from snowskin.kvstore.wire import (
+    access_from,
+    error_to_detail,
+    greeting_to,
+    parse,
+    reply_to,
+    request_from,
+)
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import door_pb2
 

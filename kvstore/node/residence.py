@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from snowskin.kvstore.index.block_index import BlockEntry, BlockId, BlockIndex, PlacedSegment, Scope
 from snowskin.kvstore.pool.pool import Pool, Use
+from snowskin.kvstore.segment import Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from snowskin.kvstore.eviction.api import EvictionPolicy
-    from snowskin.kvstore.messages import SessionId
 
 TAIL_NAMESPACE = b""
 """Scope of the tails: no real namespace is empty. Its keys are request ids."""
@@ -27,7 +27,12 @@ class Residence:
     """The blocks of one node and the bytes under them."""
 
     def __init__(
-        self, pools: Sequence[Pool], eviction: EvictionPolicy[BlockId], *, max_extent_nbytes: int
+        self,
+        pools: Sequence[Pool],
+        eviction: EvictionPolicy[BlockId],
+        *,
+        node_id: str,
+        max_extent_nbytes: int,
     ) -> None:
         """Empty pools, one a tenant."""
         self.pools = {pool.id: pool for pool in pools}
@@ -35,6 +40,7 @@ class Residence:
         self.counters: Counter[str] = Counter()
         self._by_tenant = {pool.tenant: pool for pool in pools}
         self._eviction = eviction
+        self._node_id = node_id
         self._max_extent_nbytes = max_extent_nbytes
         self._generation = 0
 
@@ -97,7 +103,7 @@ class Residence:
         checksum: bytes,
         *,
         parent_key: bytes,
-        one_reader_of: SessionId | None,
+        one_reader: bool,
     ) -> BlockEntry | None:
         """Makes a written block visible.
 
@@ -108,7 +114,7 @@ class Residence:
             offset: its bytes.
             checksum: what the writer computed.
             parent_key: the block before it, or empty.
-            one_reader_of: the writer's session where the block goes with its first reader, else None.
+            one_reader: the block goes with its first reader.
 
         Returns:
             The entry, or None where another writer was first; then the bytes are free again.
@@ -124,8 +130,7 @@ class Residence:
             segment=segment,
             offset=offset,
             checksum=checksum,
-            one_reader=one_reader_of is not None,
-            writer=one_reader_of,
+            one_reader=one_reader,
         )
         self.index.insert(scope, entry)
         pool.change(segment.block_nbytes, Use.RESERVED, Use.COMMITTED)
@@ -137,6 +142,21 @@ class Residence:
             self._eviction.on_insert(entry.id, (scope.number, parent_key) if parent_key else None)
         self.counters["blocks_committed"] += 1
         return entry
+
+    def extent(self, segment: PlacedSegment, offset: int, num_blocks: int) -> Extent:
+        """Where `num_blocks` of a segment lie, as clients are told."""
+        return Extent(
+            node_id=self._node_id,
+            tier=self.pools[segment.pool_id].tier,
+            pool_id=segment.pool_id,
+            offset=offset,
+            nbytes=num_blocks * segment.block_nbytes,
+            generation=segment.generation,
+        )
+
+    def is_here(self, entry: BlockEntry) -> bool:
+        """Whether this very entry is in the index still."""
+        return self.index.entry(entry.id) is entry
 
     def touch(self, run: Sequence[BlockEntry]) -> None:
         """A matched run was used."""

@@ -198,13 +198,12 @@ class StoreService(store_pb2_grpc.StoreServicer):
                 raise BadRequest(
                     f"a chunk of {len(chunk.data)} bytes", hint=f"send at most {CHUNK_NBYTES}"
                 )
-            blocks = self._shell.state.writable(lease_id, self._shell.clock.now_s())
-            first_free = self._shell.state.num_committed(lease_id)
-            if blocks and chunk.offset < first_free * blocks[0].segment.block_nbytes:
+            hold = self._shell.state.writable(lease_id, self._shell.clock.now_s())
+            if chunk.offset < hold.num_committed * hold.blocks[0].segment.block_nbytes:
                 raise CommitRefused(
                     f"bytes at {chunk.offset} are committed already", hint="write before you commit"
                 )
-            places = [(block.segment, block.offset) for block in blocks]
+            places = [(block.segment, block.offset) for block in hold.blocks]
             data = memoryview(chunk.data)
             for pool_id, start, skip, nbytes in _pieces(places, chunk.offset, len(data)):
                 buffer = self._shell.arenas[pool_id].buffer

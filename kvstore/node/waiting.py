@@ -13,10 +13,10 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.messages import MatchRequest, ReserveRequest, SessionId
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from snowskin.kvstore.messages import MatchRequest, ReserveRequest, SessionId
 
 WaitKey = tuple[str, bytes, bytes]
 """Tenant, namespace and key of a block that is not there yet."""

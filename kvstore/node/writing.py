@@ -1,0 +1,469 @@
+"""The writers' side of a node: reservations, commits, and what becomes of a writer that is late or gone.
+
+Rules kept here: room is given in the order of asking. A write lease pins the parents that it named. Of two writers of
+one block the first to commit wins. A write lease that runs out is fenced: if its session maps memory its bytes are
+quarantined until the writer gives them back or its session ends, otherwise they are free. Whoever ends a reservation
+is told which blocks became visible and which will not come (`Outcome`), for those who wait for them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from snowskin.kvstore.checksum import CHECKSUM_NBYTES
+from snowskin.kvstore.errors import (
+    BadRequest,
+    CommitRefused,
+    LeaseExpired,
+    LeaseUnknown,
+    LimitExceeded,
+    NamespaceMismatch,
+)
+from snowskin.kvstore.lease import GrantedLease, LeaseTable
+from snowskin.kvstore.messages import (
+    Aborted,
+    Committed,
+    Effect,
+    Fail,
+    Lease,
+    Reply,
+    Reserved,
+    ReserveRequest,
+    Run,
+)
+from snowskin.kvstore.node.residence import TAIL_NAMESPACE
+from snowskin.kvstore.node.waiting import WaitingCall, WaitingRoom, WaitKey
+from snowskin.kvstore.pool.pool import Use
+from snowskin.transport.errors import SnowskinError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snowskin.kvstore.index.block_index import BlockEntry, PlacedSegment, Scope
+    from snowskin.kvstore.messages import (
+        AbortRequest,
+        CommitRequest,
+        LeaseId,
+        SessionId,
+    )
+    from snowskin.kvstore.node.limits import NodeLimits
+    from snowskin.kvstore.node.residence import Residence
+    from snowskin.kvstore.session import Session, SessionTable
+
+MissingBlock = tuple[int, bytes, bytes]
+"""Key index, key, and key of its parent."""
+
+
+@dataclass(slots=True, eq=False)
+class NewBlock:
+    """One block of a reservation: which, and where its bytes go."""
+
+    key_index: int
+    key: bytes
+    parent_key: bytes
+    segment: PlacedSegment
+    offset: int
+
+
+@dataclass(slots=True, eq=False)
+class WriteHold:
+    """What a write lease protects: its new blocks from `num_committed` on, and the parents it named."""
+
+    scope: Scope
+    blocks: list[NewBlock]
+    parents: list[PlacedSegment]
+    one_reader: bool
+    num_committed: int = 0
+    use: Use = Use.RESERVED
+
+    @property
+    def left(self) -> list[NewBlock]:
+        """Blocks not committed yet."""
+        return self.blocks[self.num_committed :]
+
+    def at(self, block: NewBlock) -> WaitKey:
+        """Where a match that misses this block waits."""
+        return self.scope.tenant, self.scope.namespace, block.key
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a change on the writers' side means for others."""
+
+    effects: list[Effect] = field(default_factory=list)
+    visible: list[WaitKey] = field(default_factory=list)
+    gone: list[WaitKey] = field(default_factory=list)
+    may_have_freed: bool = False
+
+
+WriteLease = GrantedLease[WriteHold]
+
+
+class Writing:
+    """Reservations of one node."""
+
+    def __init__(
+        self,
+        residence: Residence,
+        sessions: SessionTable,
+        limits: NodeLimits,
+        *,
+        next_lease_id: Callable[[], LeaseId],
+        exhausted: Callable[[Session, ReserveRequest, float], SnowskinError],
+    ) -> None:
+        """Nothing reserved.
+
+        Args:
+            residence: where blocks lie.
+            sessions: who is connected.
+            limits: what is granted.
+            next_lease_id: ids, shared with the readers' side.
+            exhausted: the error for a full pool; it names holders on both sides.
+        """
+        self._residence = residence
+        self._sessions = sessions
+        self._limits = limits
+        self._next_lease_id = next_lease_id
+        self._exhausted = exhausted
+        self.leases: LeaseTable[WriteHold] = LeaseTable(
+            max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
+        )
+        # A block for one reader that nobody fetched goes when this lease of its own runs out.
+        self._unread: LeaseTable[BlockEntry] = LeaseTable(
+            max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
+        )
+        self.waiting = WaitingRoom()
+        self._reserved: Counter[WaitKey] = Counter()
+
+    # --- reserve
+
+    def reserve(
+        self, session: Session, call_id: int, request: ReserveRequest, now_s: float
+    ) -> list[Effect]:
+        """Answers now, or queues the call."""
+        self._check_fits(session, request)
+        # Nobody overtakes those who queue.
+        reserved = None if len(self.waiting) else self._try_reserve(session, request, now_s)
+        if reserved is not None:
+            return [Reply(session.id, call_id, reserved)]
+        if request.timeout_s <= 0:
+            raise self._exhausted(session, request, now_s)
+        if len(self.waiting) >= self._limits.max_waiting:
+            raise LimitExceeded(
+                f"{len(self.waiting)} reservations queue already", hint="retry later"
+            )
+        deadline_s = now_s + min(request.timeout_s, self._limits.max_timeout_s)
+        self.waiting.add(WaitingCall(session.id, call_id, request, deadline_s))
+        return []
+
+    def serve_waiting(self, now_s: float) -> list[Effect]:
+        """Room may have come free: whoever came first gets it first."""
+        effects: list[Effect] = []
+        while (call := self.waiting.first()) is not None:
+            session = self._sessions.get(call.session_id)
+            assert session is not None, "a waiting call outlived its session"
+            assert isinstance(call.request, ReserveRequest)
+            try:
+                reserved = self._try_reserve(session, call.request, now_s)
+            except SnowskinError as error:
+                self.waiting.remove(call)
+                effects.append(Fail(call.session_id, call.call_id, error))
+                continue
+            if reserved is None:
+                break
+            self.waiting.remove(call)
+            effects.append(Reply(call.session_id, call.call_id, reserved))
+        return effects
+
+    def fail_overdue(self, now_s: float) -> list[Effect]:
+        """Reservations whose deadline came before the room did; those behind them may fit."""
+        effects: list[Effect] = []
+        for call in self.waiting.overdue(now_s):
+            self.waiting.remove(call)
+            session = self._sessions.get(call.session_id)
+            assert session is not None, "a waiting call outlived its session"
+            assert isinstance(call.request, ReserveRequest)
+            error = self._exhausted(session, call.request, now_s)
+            effects.append(Fail(call.session_id, call.call_id, error))
+        return [*effects, *self.serve_waiting(now_s)] if effects else []
+
+    def _check_fits(self, session: Session, request: ReserveRequest) -> None:
+        pool = self._residence.pool_of(session.tenant)
+        block_nbytes = request.tail.nbytes if request.tail else request.block_nbytes
+        limit_nbytes = min(self._limits.max_extent_nbytes, pool.capacity_nbytes)
+        if block_nbytes > limit_nbytes:
+            raise LimitExceeded(
+                f"a block of {block_nbytes} bytes is longer than an extent may be ({limit_nbytes})",
+                hint="use smaller blocks, or raise max_extent_nbytes and the pool",
+            )
+        if block_nbytes * len(request.keys) > pool.capacity_nbytes:
+            raise LimitExceeded(
+                f"{len(request.keys)} blocks of {block_nbytes} bytes are more than the whole pool "
+                f"({pool.capacity_nbytes})",
+                hint="reserve chunk by chunk, or raise dram_nbytes",
+            )
+        scope = self._residence.index.scope(session.tenant, request.namespace)
+        if request.tail is None and scope is not None and scope.block_nbytes != block_nbytes:
+            raise NamespaceMismatch(
+                f"blocks of this namespace have {scope.block_nbytes} bytes, not {block_nbytes}",
+                hint="two layouts must have two namespaces",
+            )
+
+    def _try_reserve(
+        self, session: Session, request: ReserveRequest, now_s: float
+    ) -> Reserved | None:
+        """The reservation, or None while there is no room."""
+        index = self._residence.index
+        known: list[BlockEntry] = []
+        if request.tail is not None:
+            block_nbytes = request.tail.nbytes
+            scope = index.open_scope(session.tenant, TAIL_NAMESPACE, 0)
+            missing = [(0, request.tail.request_id.encode(), b"")]
+            if missing[0][1] in scope.blocks:
+                raise BadRequest(
+                    f"a tail of request {request.tail.request_id!r} is here already",
+                    hint="one tail a request; use a new id for a retry",
+                )
+        else:
+            block_nbytes = request.block_nbytes
+            scope = index.open_scope(session.tenant, request.namespace, block_nbytes)
+            missing, known = _missing_and_known(scope, request)
+        if not missing:
+            return Reserved(lease=None, runs=())
+        parents = list({id(entry.segment): entry.segment for entry in known}.values())
+        near = scope.blocks.get(missing[0][2])
+        # Named parents must survive the eviction that makes room for their children.
+        self._residence.lease(parents)
+        segments = self._residence.reserve(session.tenant, len(missing), block_nbytes, near=near)
+        if segments is None:
+            self._residence.unlease(parents)
+            return None
+        one_reader = request.one_reader or request.tail is not None
+        hold = WriteHold(scope, _lay_out(missing, segments), parents, one_reader)
+        lease = self.leases.grant(
+            self._next_lease_id(), session.id, hold, ttl_s=request.ttl_s, now_s=now_s
+        )
+        for block in hold.blocks:
+            self._reserved[hold.at(block)] += 1
+        return Reserved(
+            lease=Lease(id=lease.id, ttl_s=lease.expires_at_s - now_s),
+            runs=self._writable_runs(hold.blocks),
+        )
+
+    def _writable_runs(self, blocks: list[NewBlock]) -> tuple[Run, ...]:
+        runs: list[Run] = []
+        start = 0
+        for end in range(1, len(blocks) + 1):
+            if end < len(blocks):
+                here, before = blocks[end], blocks[end - 1]
+                if here.segment is before.segment and here.key_index == before.key_index + 1:
+                    continue
+            first = blocks[start]
+            runs.append(
+                Run(
+                    extent=self._residence.extent(first.segment, first.offset, end - start),
+                    first_block_index=first.key_index,
+                    num_blocks=end - start,
+                )
+            )
+            start = end
+        return tuple(runs)
+
+    # --- commit and abort
+
+    def commit(
+        self, session: Session, call_id: int, request: CommitRequest, now_s: float
+    ) -> Outcome:
+        """Makes the next blocks of a reservation visible."""
+        lease = self._own(session, request.lease_id)
+        hold = lease.hold
+        if not lease.is_live(now_s):
+            raise LeaseExpired(
+                f"write lease {lease.id} ran out {now_s - lease.expires_at_s:.3f} s ago; nothing was committed",
+                hint="abort it and reserve again",
+            )
+        if request.num_blocks > len(hold.left):
+            raise CommitRefused(
+                f"{request.num_blocks} blocks committed, but only {len(hold.left)} of this reservation are left",
+                hint="commit each block once, in order",
+            )
+        outcome = Outcome()
+        existing: list[int] = []
+        for position, block in enumerate(hold.left[: request.num_blocks]):
+            start = position * CHECKSUM_NBYTES
+            checksum = request.checksums[start : start + CHECKSUM_NBYTES]
+            if self._commit_block(lease, block, checksum, now_s):
+                outcome.visible.append(hold.at(block))
+            else:
+                existing.append(block.key_index)
+        num_left = len(hold.left)
+        if num_left == 0:
+            self._end(lease, outcome)
+        outcome.may_have_freed = bool(existing) or num_left == 0 or len(self.waiting) > 0
+        reply = Committed(existing_block_indices=tuple(existing), num_blocks_left=num_left)
+        outcome.effects.insert(0, Reply(session.id, call_id, reply))
+        return outcome
+
+    def _commit_block(
+        self, lease: WriteLease, block: NewBlock, checksum: bytes, now_s: float
+    ) -> bool:
+        """Whether the block is visible by this commit; False where another writer was first."""
+        hold = lease.hold
+        hold.num_committed += 1
+        self._unreserve(hold.at(block))
+        entry = self._residence.commit(
+            hold.scope,
+            block.key,
+            block.segment,
+            block.offset,
+            checksum,
+            parent_key=block.parent_key,
+            one_reader=hold.one_reader,
+        )
+        if entry is None:
+            return False
+        if entry.one_reader:
+            self._unread.grant(self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s)
+        return True
+
+    def abort(self, session: Session, call_id: int, request: AbortRequest) -> Outcome:
+        """The writer gives back what it did not commit."""
+        lease = self._own(session, request.lease_id)
+        freed_nbytes = sum(block.segment.block_nbytes for block in lease.hold.left)
+        outcome = Outcome([Reply(session.id, call_id, Aborted(freed_nbytes=freed_nbytes))])
+        self._end(lease, outcome)
+        return outcome
+
+    def end_session(self, session_id: SessionId) -> Outcome:
+        """A writer is gone: its reservations and its unread blocks are free at once."""
+        outcome = Outcome(may_have_freed=True)
+        for call in self.waiting.of_session(session_id):
+            self.waiting.remove(call)
+        for lease in self.leases.of_session(session_id):
+            self._end(lease, outcome)
+        for unread in self._unread.of_session(session_id):
+            self._drop_unread(unread)
+        return outcome
+
+    def on_time(self, now_s: float) -> Outcome:
+        """Leases that ran out, their grace too."""
+        outcome = Outcome()
+        for lease in self.leases.expired(now_s):
+            self._fence(lease, outcome)
+        for unread in self._unread.expired(now_s):
+            self._drop_unread(unread)
+            outcome.may_have_freed = True
+        return outcome
+
+    def next_time_s(self) -> list[float | None]:
+        """When something here can run out."""
+        return [
+            self.leases.next_check_s(),
+            self._unread.next_check_s(),
+            self.waiting.next_deadline_s(),
+        ]
+
+    def writable(self, lease_id: LeaseId, now_s: float) -> WriteHold:
+        """What may be written under a live lease."""
+        lease = self.leases.get(lease_id)
+        if lease is None:
+            raise LeaseUnknown(f"write lease {lease_id} is not known here", hint="reserve again")
+        if not lease.is_live(now_s):
+            raise LeaseExpired(f"write lease {lease_id} ran out", hint="reserve again")
+        return lease.hold
+
+    def check(self) -> None:
+        """Asserts that the leases cover what is reserved or quarantined; for tests."""
+        covered = sum(
+            block.segment.block_nbytes for lease in self.leases for block in lease.hold.left
+        )
+        held = sum(
+            pool.used_nbytes(Use.RESERVED) + pool.used_nbytes(Use.QUARANTINED)
+            for pool in self._residence.pools.values()
+        )
+        assert covered == held, f"{held} bytes are reserved, but leases cover {covered}"
+
+    def _own(self, session: Session, lease_id: LeaseId) -> WriteLease:
+        lease = self.leases.get(lease_id)
+        if lease is None or lease.session_id != session.id:
+            raise LeaseUnknown(
+                f"write lease {lease_id} is not known here",
+                hint="it ended, or the node restarted: reserve again",
+            )
+        return lease
+
+    def _unreserve(self, at: WaitKey) -> None:
+        self._reserved[at] -= 1
+        if self._reserved[at] <= 0:
+            del self._reserved[at]
+
+    def _end(self, lease: WriteLease, outcome: Outcome) -> None:
+        """The writer writes no more: what it did not commit comes back."""
+        self.leases.end(lease.id)
+        hold = lease.hold
+        if hold.use is Use.RESERVED:  # of a fenced one this was told when it was fenced
+            self._will_not_come(hold, outcome)
+        for block in hold.left:
+            self._residence.give_back(block.segment, block.offset, hold.use)
+        self._residence.unlease(hold.parents)
+        outcome.may_have_freed = True
+
+    def _fence(self, lease: WriteLease, outcome: Outcome) -> None:
+        session = self._sessions.get(lease.session_id)
+        self._residence.counters["write_leases_expired"] += 1
+        if session is None or not session.maps_memory:
+            self._end(lease, outcome)
+            return
+        hold = lease.hold
+        self._will_not_come(hold, outcome)
+        for block in hold.left:
+            self._residence.quarantine(block.segment, 1)
+        hold.use = Use.QUARANTINED
+        self._residence.unlease(hold.parents)
+        hold.parents = []
+        outcome.may_have_freed = True
+
+    def _will_not_come(self, hold: WriteHold, outcome: Outcome) -> None:
+        for block in hold.left:
+            at = hold.at(block)
+            self._unreserve(at)
+            if at not in self._reserved:
+                outcome.gone.append(at)
+
+    def _drop_unread(self, unread: GrantedLease[BlockEntry]) -> None:
+        self._unread.end(unread.id)
+        if self._residence.is_here(unread.hold):  # a reader's lease over it still keeps its bytes
+            self._residence.remove(unread.hold)
+
+
+def _missing_and_known(
+    scope: Scope, request: ReserveRequest
+) -> tuple[list[MissingBlock], list[BlockEntry]]:
+    """The blocks to write, and the entries of those (and of the parent) that are here."""
+    missing: list[MissingBlock] = []
+    known = []
+    parent_key = request.parent_key
+    if (parent := scope.blocks.get(parent_key)) is not None:
+        known.append(parent)
+    for index, key in enumerate(request.keys):
+        if (entry := scope.blocks.get(key)) is None:
+            missing.append((index, key, parent_key))
+        else:
+            known.append(entry)
+        parent_key = key
+    return missing, known
+
+
+def _lay_out(missing: list[MissingBlock], segments: list[PlacedSegment]) -> list[NewBlock]:
+    """Puts the missing blocks into the placed segments, in order."""
+    places = [
+        (segment, segment.offset + position * segment.block_nbytes)
+        for segment in segments
+        for position in range(segment.num_blocks)
+    ]
+    return [
+        NewBlock(index, key, parent_key, segment, offset)
+        for (index, key, parent_key), (segment, offset) in zip(missing, places, strict=True)
+    ]
