@@ -156,7 +156,6 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
             is_node_connected=lambda: link.connected,
         )
         stack.push_async_callback(service.close)
-        await _wait_for_node(link, settings.node)
         server = await stack.enter_async_context(
             serving(
                 [(engine_pb2_grpc.add_EngineServicer_to_server, service)],
@@ -174,6 +173,7 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
         health = await stack.enter_async_context(
             HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
         )
+        await _wait_for_node(link, settings.node)
         registration = _registration(settings, instance_id, server.address, engine)
         if registration is not None:
             background.start(registration.run(), "registration")

@@ -186,16 +186,14 @@ class Bench:
 
 
 @asynccontextmanager
-async def open_bench(
-    connect, *, num_blocks=256, block_size=BLOCK_SIZE, limits=None, memory_of=None
-):
-    """Instances over the store that `connect` reaches; both links are up."""
+async def open_bench(connect, *, num_blocks=256, limits=None, wait=True):
+    """Instances over the store that `connect` reaches; both links are up if `wait`."""
     limits = limits or make_limits()
     async with AsyncExitStack() as stack:
         runners, links, tasks = [], [], []
         for _ in range(2):
             model = new_model()
-            memory = KvMemory(model.config, num_blocks, block_size)
+            memory = KvMemory(model.config, num_blocks, limits.block_size)
             runner = await stack.enter_async_context(ModelRunner(model, memory))
             link = StoreLink(
                 connect,
@@ -210,9 +208,10 @@ async def open_bench(
         prefill = PrefillInstance(runners[0], links[0], limits, node_address="node")
         tasks.append(asyncio.create_task(decode.run()))
         try:
-            async with asyncio.timeout(5):
-                for link in links:
-                    await link.wait_connected()
+            if wait:
+                async with asyncio.timeout(5):
+                    for link in links:
+                        await link.wait_connected()
             yield Bench(prefill, decode, runners[0], runners[1], links[0], links[1])
         finally:
             for task in tasks:
