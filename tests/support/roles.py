@@ -28,7 +28,12 @@ class RunningRole:
 async def _announced(fd: int, task: asyncio.Task) -> dict:
     loop = asyncio.get_running_loop()
     readable = loop.create_future()
-    loop.add_reader(fd, lambda: readable.done() or readable.set_result(None))
+
+    def on_readable() -> None:
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(fd, on_readable)
     try:
         async with asyncio.timeout(20):
             await asyncio.wait([readable, task], return_when=asyncio.FIRST_COMPLETED)
@@ -36,7 +41,8 @@ async def _announced(fd: int, task: asyncio.Task) -> dict:
         loop.remove_reader(fd)
     if task.done():
         task.result()
-    return json.loads(os.read(fd, 65536))
+    facts: dict = json.loads(os.read(fd, 65536))
+    return facts
 
 
 @asynccontextmanager
