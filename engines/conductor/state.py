@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from snowskin.engines.conductor.request import CacheShape, Placement, Stage
 from snowskin.engines.conductor.view import ClusterView, InstanceState, InstanceView
-from snowskin.engines.messages import InstanceLoad
+
+if TYPE_CHECKING:
+    from snowskin.engines.messages import InstanceLoad
 
 
 class Outcome(StrEnum):

@@ -8,12 +8,16 @@ since: without the second part all requests of one report interval would herd to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from snowskin.engines.conductor.request import CacheShape, Request, Stage
-from snowskin.engines.messages import InstanceLoad
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from snowskin.engines.messages import InstanceLoad
 
 
 class InstanceState(StrEnum):

@@ -1,0 +1,217 @@
+"""What of a prompt is cached where: lease-free questions to the nodes, within a small budget.
+
+Rules kept here: a question never waits longer than its budget, and a node that does not answer in
+time is not there for this request; connecting goes on in the background and outlives the question
+that began it; a node that cannot be reached is tried again with a growing pause, never in a loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.errors import SnowskinError
+
+if TYPE_CHECKING:
+    from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.kvstore.clock import Clock
+    from snowskin.kvstore.messages import NodeStat, Probed
+
+_AnswerT = TypeVar("_AnswerT")
+
+MIN_PAUSE_S = 0.1
+MAX_PAUSE_S = 2.0
+
+log = get_logger(__name__)
+
+
+class NodeClient(Protocol):
+    """What of a `StoreClient` the conductor uses."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands."""
+        ...
+
+    async def probe(self, *, namespaces: Sequence[bytes], keys: KeyColumn) -> Probed:
+        """What is committed, without a lease."""
+        ...
+
+    async def stat(self) -> NodeStat:
+        """Counts and sizes."""
+        ...
+
+    async def close(self) -> None:
+        """Idempotent."""
+        ...
+
+
+Connect = Callable[[str], Awaitable[NodeClient]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeHit:
+    """What a node holds of a prompt; `error` says why nothing is known of it."""
+
+    address: str
+    num_blocks: int = 0
+    num_blocks_present: int = 0
+    error: str = ""
+
+
+@dataclass(slots=True)
+class _Node:
+    """One address: a client, or an attempt to connect, or the time before which none is made."""
+
+    client: NodeClient | None = None
+    connecting: asyncio.Task[None] | None = None
+    pause_s: float = MIN_PAUSE_S
+    retry_at_s: float = 0.0
+    error: SnowskinError | None = None
+
+
+class Nodes:
+    """Connections to the nodes that instances have named."""
+
+    def __init__(self, connect: Connect, clock: Clock) -> None:
+        """Connects by `connect(address)`, lazily."""
+        self._connect = connect
+        self._clock = clock
+        self._nodes: dict[str, _Node] = {}
+        self._closed = False
+
+    def want(self, address: str) -> None:
+        """Begins to connect, so that the first question need not wait for it."""
+        if address and not self._closed:
+            self._begin(address, self._nodes.setdefault(address, _Node()))
+
+    async def probe(
+        self,
+        addresses: Collection[str],
+        *,
+        namespaces: Sequence[bytes],
+        keys: KeyColumn,
+        timeout_s: float,
+    ) -> list[NodeHit]:
+        """What each node holds of `keys`, all asked at once; within `timeout_s` seconds."""
+        if not len(keys):
+            return [NodeHit(address=address) for address in addresses]
+        asked = [self._probe_one(each, namespaces, keys, timeout_s) for each in addresses]
+        return list(await asyncio.gather(*asked))
+
+    async def stat(self, address: str, *, timeout_s: float) -> NodeStat:
+        """Counts and sizes of one node.
+
+        Raises:
+            NodeUnavailable: it cannot be reached.
+            DeadlineExceeded: it did not answer within `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                client = await self._client(address)
+                return await self._asked(address, client.stat())
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"node {address} did not answer within {timeout_s} s", hint="look at its log"
+            ) from error
+
+    async def keep_only(self, addresses: Collection[str]) -> None:
+        """Lets go of nodes that no instance names any more."""
+        for address in [each for each in self._nodes if each not in addresses]:
+            await self._drop(self._nodes.pop(address))
+
+    async def close(self) -> None:
+        """Closes all connections, and ends attempts at them."""
+        self._closed = True
+        await self.keep_only(())
+
+    async def _probe_one(
+        self, address: str, namespaces: Sequence[bytes], keys: KeyColumn, timeout_s: float
+    ) -> NodeHit:
+        try:
+            async with asyncio.timeout(timeout_s):
+                client = await self._client(address)
+                found = await self._asked(address, client.probe(namespaces=namespaces, keys=keys))
+        except TimeoutError:
+            log.debug("node not asked in time", node=address, timeout_s=timeout_s)
+            return NodeHit(address=address, error=f"no answer within {timeout_s} s")
+        except SnowskinError as error:
+            log.debug("node not asked", node=address, error=str(error))
+            return NodeHit(address=address, error=str(error))
+        return NodeHit(
+            address=address,
+            num_blocks=found.num_blocks,
+            num_blocks_present=int.from_bytes(found.present_bitmap, "little").bit_count(),
+        )
+
+    async def _asked(self, address: str, answer: Awaitable[_AnswerT]) -> _AnswerT:
+        try:
+            return await answer
+        except SnowskinError as error:
+            if error.status == "UNAVAILABLE":
+                self._lost(address, error)
+            raise
+
+    async def _client(self, address: str) -> NodeClient:
+        """The connected client; raises NodeUnavailable where there is none and none comes."""
+        if self._closed:
+            raise NodeUnavailable(f"node {address} is not asked: the conductor is stopping")
+        node = self._nodes.setdefault(address, _Node())
+        self._begin(address, node)
+        if node.connecting is not None:
+            # Shielded: the connection is for the next question too.
+            await asyncio.shield(node.connecting)
+        if node.client is None:
+            raise node.error or NodeUnavailable(f"node {address} is not connected")
+        return node.client
+
+    def _begin(self, address: str, node: _Node) -> None:
+        if node.client is not None and not node.client.connected:
+            self._lost(address, NodeUnavailable(f"the connection to node {address} broke"))
+        idle = node.client is None and node.connecting is None
+        if idle and self._clock.now_s() >= node.retry_at_s:
+            node.connecting = asyncio.create_task(self._open(address, node), name=f"to:{address}")
+
+    async def _open(self, address: str, node: _Node) -> None:
+        try:
+            node.client = await self._connect(address)
+            node.pause_s, node.error = MIN_PAUSE_S, None
+        except SnowskinError as error:
+            self._pause(node, error)
+            log.debug("node not connected", node=address, error=str(error))
+        finally:
+            node.connecting = None
+
+    def _pause(self, node: _Node, error: SnowskinError) -> None:
+        node.error = error
+        node.retry_at_s = self._clock.now_s() + node.pause_s
+        node.pause_s = min(2 * node.pause_s, MAX_PAUSE_S)
+
+    def _lost(self, address: str, error: SnowskinError) -> None:
+        node = self._nodes.get(address)
+        if node is None or node.client is None:
+            return
+        client, node.client = node.client, None
+        self._pause(node, error)
+        log.warning("node lost", node=address, error=str(error))
+        node.connecting = asyncio.create_task(self._close_lost(client, node))
+
+    async def _close_lost(self, client: NodeClient, node: _Node) -> None:
+        try:
+            await client.close()
+        except SnowskinError as error:
+            log.debug("lost node not closed", error=str(error))
+        finally:
+            node.connecting = None
+
+    async def _drop(self, node: _Node) -> None:
+        if node.connecting is not None:
+            node.connecting.cancel()
+            await asyncio.gather(node.connecting, return_exceptions=True)
+        if node.client is not None:
+            client, node.client = node.client, None
+            await client.close()

@@ -1,0 +1,101 @@
+"""The jobs that are under way: takes them in, counts them, waits for them when the process drains.
+
+Rules kept here: a job is counted from its arrival to its end, whatever the end is; two jobs that
+run at the same time never have the same internal id, whatever their users called them; leaving the
+block of `run` ends the job and everything that it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from snowskin.engines.conductor.errors import ConductorDraining
+from snowskin.engines.conductor.run import Run, RunLimits
+from snowskin.kvstore.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from snowskin.engines.conductor.engine_client import EngineClients
+    from snowskin.engines.conductor.job import Job
+    from snowskin.engines.conductor.scheduler import Scheduler
+    from snowskin.kvstore.clock import Clock
+
+log = get_logger(__name__)
+
+
+class Pipeline:
+    """Runs jobs."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        engines: EngineClients,
+        clock: Clock,
+        limits: RunLimits | None = None,
+    ) -> None:
+        """Places by `scheduler`, calls by `engines`."""
+        self.scheduler = scheduler
+        self._engines = engines
+        self._clock = clock
+        self._limits = limits or RunLimits()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._num_namesakes = 0
+
+    @asynccontextmanager
+    async def run(self, job: Job) -> AsyncIterator[Run]:
+        """A running job; iterate over it for its events.
+
+        Leaving the block early cancels the job: as finished where `Run.enough` was called, else as
+        given up by the user.
+
+        Raises:
+            ConductorDraining: no new jobs are taken.
+        """
+        if self._draining:
+            raise ConductorDraining("the conductor is shutting down", hint="retry in a while")
+        state = self.scheduler.state
+        run = Run(
+            job,
+            self._internal_id(job.request_id),
+            scheduler=self.scheduler,
+            engines=self._engines,
+            clock=self._clock,
+            limits=self._limits,
+        )
+        state.on_request_started(run.id)
+        self._idle.clear()
+        task = asyncio.create_task(run.work(), name=f"run:{run.id}")
+        try:
+            yield run
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            state.on_request_ended(run.id, run.outcome)
+            if not state.counts().num_running:
+                self._idle.set()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new jobs are refused."""
+        return self._draining
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more jobs; returns when the last has ended, or after `timeout_s` seconds."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("not drained", num_running=self.scheduler.state.counts().num_running)
+
+    def _internal_id(self, request_id: str) -> str:
+        """The user's id, or one of its own where that is running already: tails are named by it."""
+        if not self.scheduler.state.is_running(request_id):
+            return request_id
+        self._num_namesakes += 1
+        return f"{request_id}.n{self._num_namesakes}"

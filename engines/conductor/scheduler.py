@@ -1,0 +1,267 @@
+"""Between pure decisions and the world: prepares a prompt, asks the policy, waits for instances.
+
+Rules kept here: a decision is made on a view taken in the same step of the loop, and what it places
+is counted before anyone else decides; block keys are computed once per request and cache shape, off
+the loop where the prompt is long; a missing instance is waited for (`instance_wait_s`: it may be
+restarting), never longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from snowskin.engines.conductor.admission import check_context
+from snowskin.engines.conductor.errors import NoInstanceReady, RequestRefused
+from snowskin.engines.conductor.request import (
+    CacheShape,
+    Defer,
+    Placement,
+    Refusal,
+    Request,
+    Stage,
+)
+from snowskin.engines.messages import CachePolicy, Prompt
+from snowskin.kvstore.blocks import KeyColumn, block_hashes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from snowskin.engines.conductor.nodes import NodeHit, Nodes
+    from snowskin.engines.conductor.policies.api import Policy
+    from snowskin.engines.conductor.state import ConductorState
+    from snowskin.engines.conductor.view import ClusterView, InstanceView
+    from snowskin.kvstore.clock import Clock
+
+OFF_LOOP_TOKENS = 2_000  # hashing so many takes about a millisecond
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """How long the scheduler waits, and for what.
+
+    Attributes:
+        instance_wait_s: for a ready instance of a role.
+        probe_timeout_s: for the nodes' answers; without them a request is placed unaware of hits.
+        default_max_tokens: where a request does not say, as far as the context allows.
+    """
+
+    instance_wait_s: float = 10.0
+    probe_timeout_s: float = 0.05
+    default_max_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A prompt with its keys, as policies and instances want it."""
+
+    request: Request
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A placement and the instance as it was then."""
+
+    placement: Placement
+    instance: InstanceView
+
+
+class Scheduler:
+    """Owner of the waiting; the state owns the facts, the policy the decisions."""
+
+    def __init__(
+        self,
+        state: ConductorState,
+        policy: Policy,
+        nodes: Nodes,
+        clock: Clock,
+        limits: SchedulerLimits | None = None,
+    ) -> None:
+        """Decides by `policy` over `state`."""
+        self.state = state
+        self.policy = policy
+        self.nodes = nodes
+        self.limits = limits or SchedulerLimits()
+        self._clock = clock
+        self._changed = asyncio.Event()
+
+    def view(self) -> ClusterView:
+        """The cluster now."""
+        return self.state.view(self._clock.now_s())
+
+    def wake(self) -> None:
+        """An instance may have become available: whoever waits for one looks again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def shape(self) -> CacheShape:
+        """The cache shape that requests are served with.
+
+        Raises:
+            NoInstanceReady: prefill or decode has no ready instance, and none came.
+        """
+        deadline_s = self._clock.now_s() + self.limits.instance_wait_s
+        while True:
+            changed, view = self._changed, self.view()
+            shape = view.shape()
+            if shape is not None:
+                return shape
+            missing = " and no ".join(view.missing_roles()) or "matching pair of instances"
+            await self._wait(changed, deadline_s, f"no {missing} instance is ready")
+
+    async def prepare(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int | None,
+        use_cache: bool = True,
+        salt: str = "",
+    ) -> Prepared:
+        """Keys, limits and hits of a prompt.
+
+        Args:
+            request_id: for the policy.
+            token_ids: the prompt, at least one.
+            max_tokens: wanted at most; None takes the default or what the context leaves.
+            use_cache: False salts the keys, so that nothing is hit and nothing hits them.
+            salt: what they are salted with then.
+
+        Raises:
+            NoInstanceReady: as `shape`.
+            PromptTooLong: no instance could ever serve it.
+        """
+        shape = await self.shape()
+        view = self.view()
+        if max_tokens is None:
+            limit = view.context_limit_tokens(shape)
+            room = limit - len(token_ids) if limit else self.limits.default_max_tokens
+            max_tokens = max(1, min(self.limits.default_max_tokens, room))
+        check_context(len(token_ids), max_tokens, view, shape)
+        keys = await self.block_keys(token_ids, shape, salt=None if use_cache else salt)
+        hits = await self.probe(shape, keys) if use_cache else []
+        cached_blocks = {hit.address: hit.num_blocks for hit in hits if hit.num_blocks}
+        return Prepared(
+            request=Request(
+                request_id=request_id,
+                shape=shape,
+                num_tokens=len(token_ids),
+                max_tokens=max_tokens,
+                cached_blocks=cached_blocks,
+            ),
+            prompt=Prompt(
+                token_ids=tuple(token_ids),
+                block_keys=keys,
+                namespace=shape.namespaces[0],
+                cache_policy=CachePolicy.READ_WRITE if use_cache else CachePolicy.OFF,
+                node_addresses=tuple(sorted(cached_blocks)),
+            ),
+        )
+
+    async def block_keys(
+        self, token_ids: Sequence[int], shape: CacheShape, *, salt: str | None = None
+    ) -> KeyColumn:
+        """Keys of the prompt's full blocks."""
+
+        def compute() -> KeyColumn:
+            return KeyColumn.of(block_hashes(token_ids, shape.block_size, cache_salt=salt))
+
+        if len(token_ids) > OFF_LOOP_TOKENS:
+            return await asyncio.to_thread(compute)
+        return compute()
+
+    async def probe(
+        self, shape: CacheShape, keys: KeyColumn, *, timeout_s: float | None = None
+    ) -> list[NodeHit]:
+        """What the nodes of instances with this cache shape hold of `keys`, by address."""
+        addresses = {
+            each.node_address
+            for each in self.view().instances
+            if each.shape == shape and each.node_address
+        }
+        return await self.nodes.probe(
+            sorted(addresses),
+            namespaces=shape.namespaces,
+            keys=keys,
+            timeout_s=self.limits.probe_timeout_s if timeout_s is None else timeout_s,
+        )
+
+    async def admit(self, request: Request, *, is_counted: bool = True) -> None:
+        """Returns when the request may be placed.
+
+        Args:
+            request: prepared.
+            is_counted: whether the state knows that it is in flight.
+
+        Raises:
+            RequestRefused: a limit is passed.
+            NoInstanceReady: a role has no ready instance, and none came.
+        """
+        deadline_s = self._clock.now_s() + self.limits.instance_wait_s
+        while True:
+            changed = self._changed
+            view = self.view()
+            if not is_counted:
+                view = replace(view, num_requests=view.num_requests + 1)
+            answer = self.policy.admit(request, view)
+            if isinstance(answer, Refusal):
+                raise RequestRefused.because(answer)
+            if not isinstance(answer, Defer):
+                return
+            await self._wait(changed, deadline_s, answer.message)
+
+    def plan(self, request: Request, stage: Stage) -> Placed:
+        """Where a stage would go now, without giving it to anyone.
+
+        Raises:
+            NoInstanceReady: no instance of the role is ready.
+        """
+        view = self.view()
+        answer = self.policy.place(request, stage, view)
+        if isinstance(answer, Refusal):
+            raise NoInstanceReady(
+                answer.message, hint=answer.hint, retry_after_s=answer.retry_after_s
+            )
+        (instance,) = (each for each in view.instances if each.instance_id == answer.instance_id)
+        return Placed(placement=answer, instance=instance)
+
+    @asynccontextmanager
+    async def placed(
+        self, request: Request, stage: Stage, excluded: frozenset[str] = frozenset()
+    ) -> AsyncIterator[Placed]:
+        """A stage on an instance; it counts as the instance's load while the block lasts.
+
+        Raises:
+            NoInstanceReady: none is ready, and none came.
+        """
+        request = replace(request, excluded=excluded)
+        placed = await self._wait_for_place(request, stage)
+        self.state.on_placed(request.request_id, placed.placement)
+        try:
+            yield placed
+        finally:
+            self.state.on_stage_ended(request.request_id, placed.placement)
+
+    async def _wait_for_place(self, request: Request, stage: Stage) -> Placed:
+        deadline_s = self._clock.now_s() + self.limits.instance_wait_s
+        while True:
+            changed = self._changed
+            try:
+                return self.plan(request, stage)
+            except NoInstanceReady as error:
+                await self._wait(changed, deadline_s, error.message)
+
+    async def _wait(self, changed: asyncio.Event, deadline_s: float, why: str) -> None:
+        """Returns after a change; `changed` was taken before what is waited for was looked at."""
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock.now_s())):
+                await changed.wait()
+        except TimeoutError:
+            raise NoInstanceReady(
+                f"{why}, and none came within {self.limits.instance_wait_s} s",
+                hint="start one, or look at why it does not report: kvctl status",
+                retry_after_s=1.0,
+            ) from None
