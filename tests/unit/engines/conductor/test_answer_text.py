@@ -1,0 +1,46 @@
+"""Stop strings: where the answer ends does not depend on how its text was cut."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snowskin.engines.conductor.answer_text import StopMatcher
+
+
+def emitted(stops, pieces):
+    matcher = StopMatcher(stops)
+    texts = [matcher.push(piece) for piece in pieces]
+    return "".join([*texts, matcher.flush()]), matcher.matched
+
+
+def wanted(stops, text):
+    """The same, by looking at every prefix: the plainest way to say it."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+few = st.text("ab", max_size=12)
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.lists(few, max_size=6))
+def test_the_first_stop_to_be_completed_ends_the_text(stops, pieces):
+    assert emitted(stops, pieces) == wanted(stops, "".join(pieces))
+
+
+def test_what_may_begin_a_stop_is_held_back_and_nothing_else_is():
+    matcher = StopMatcher(["stop"])
+    assert matcher.push("one st") == "one "
+    assert matcher.push("ep") == "step"
+    assert matcher.push(" sto") == " "
+    assert matcher.push("p and more") == ""
+    assert matcher.matched
+    assert matcher.push("x") == matcher.flush() == ""
+
+
+def test_without_stops_everything_passes_at_once():
+    matcher = StopMatcher([])
+    assert [matcher.push("a"), matcher.push("b"), matcher.flush()] == ["a", "b", ""]
