@@ -14,12 +14,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from snowskin.engines.errors import BadSamplingParams, LogitsNotFinite
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
 
 _DOMAIN = b"snowskin.sampler.v1"
 
@@ -92,7 +95,7 @@ def sample(
     Raises:
         LogitsNotFinite: a logit is NaN or plus infinity, or all are minus infinity.
     """
-    if isinstance(logits_V, torch.Tensor):
+    if not isinstance(logits_V, np.ndarray):
         logits_V = logits_V.float().cpu().numpy()
     top = float(logits_V.max())
     # max() of numpy propagates NaN, so one look covers all.
