@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -325,6 +326,7 @@ async def test_a_request_cancelled_at_any_moment_frees_all_kv(num_steps, policy)
         await asyncio.wait([task])
         await until(bench.all_free)
         assert bench.prefill.num_requests == bench.decode.num_requests == 0
+        assert bench.decode.load().num_running == 0
         tokens, _, _ = await bench.run(token_ids, GREEDY, request_id="next")
         assert tokens == straight(token_ids, GREEDY)
 
@@ -363,6 +365,49 @@ async def test_blocks_of_a_cancelled_pull_are_kept_until_it_has_ended():
         store.gate.set()
         with pytest.raises(asyncio.CancelledError):
             await decoding
+        assert bench.all_free()
+
+
+async def test_a_cancelled_answer_leaves_the_batch_at_once():
+    store = FakeStore()
+    async with open_bench(store.connect) as bench:
+        prompt = make_prompt(prompt_tokens(9))
+        first = await bench.run_prefill(prompt, SamplingParams(max_tokens=400))
+        decoding = asyncio.create_task(
+            bench.run_decode(prompt, SamplingParams(max_tokens=400), first.handoff)
+        )
+        await until(lambda: bench.decode_runner.num_tokens_computed > 3)
+        decoding.cancel()
+        await asyncio.wait([decoding])
+        assert bench.decode.load().num_running == 0
+        assert bench.all_free()
+        computed = bench.decode_runner.num_tokens_computed
+        await bench.run(prompt_tokens(5), SamplingParams(max_tokens=3), request_id="next")
+        assert bench.decode_runner.num_tokens_computed == computed + 2
+
+
+async def test_a_step_that_has_begun_is_outwaited_by_a_cancelled_caller(monkeypatch):
+    store = FakeStore()
+    async with open_bench(store.connect) as bench:
+        entered, go = threading.Event(), threading.Event()
+        model = bench.prefill_runner._model
+        real = model.forward
+
+        def slow(spans, memory):
+            entered.set()
+            assert go.wait(10)
+            return real(spans, memory)
+
+        monkeypatch.setattr(model, "forward", slow)
+        prefilling = asyncio.create_task(bench.run_prefill(make_prompt(prompt_tokens(9)), GREEDY))
+        await until(entered.is_set)
+        prefilling.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not prefilling.done()
+        assert not bench.all_free()
+        go.set()
+        await asyncio.wait([prefilling])
         assert bench.all_free()
 
 

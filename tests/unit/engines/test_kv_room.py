@@ -30,6 +30,10 @@ class Blocks:
         self.free_ids += block_ids
 
 
+def new_room(memory, **bounds):
+    return KvRoom(memory, **bounds)
+
+
 class Holder:
     """A task that holds blocks until told to let go."""
 
@@ -54,7 +58,7 @@ async def settle():
 
 
 async def test_grants_are_in_the_order_of_asking_even_where_a_later_one_would_fit():
-    room = KvRoom(Blocks(10), max_held=9, max_waiting=9)
+    room = new_room(Blocks(10), max_held=9, max_waiting=9)
     first, big, small = Holder(room, 6), Holder(room, 8), Holder(room, 1)
     await settle()
     assert (first.holds, big.holds, small.holds) == (True, False, False)
@@ -67,7 +71,7 @@ async def test_grants_are_in_the_order_of_asking_even_where_a_later_one_would_fi
 
 
 async def test_at_most_max_held_hold_at_a_time():
-    room = KvRoom(Blocks(10), max_held=2, max_waiting=9)
+    room = new_room(Blocks(10), max_held=2, max_waiting=9)
     holders = [Holder(room, 1) for _ in range(3)]
     await settle()
     assert [holder.holds for holder in holders] == [True, True, False]
@@ -79,7 +83,7 @@ async def test_at_most_max_held_hold_at_a_time():
 
 
 async def test_what_can_never_fit_and_who_is_one_too_many_are_refused():
-    room = KvRoom(Blocks(4), max_held=9, max_waiting=1)
+    room = new_room(Blocks(4), max_held=9, max_waiting=1)
     with pytest.raises(PromptTooLong):
         await Holder(room, 5).task
     holder, waiter = Holder(room, 4), Holder(room, 4)
@@ -92,7 +96,7 @@ async def test_what_can_never_fit_and_who_is_one_too_many_are_refused():
 
 async def test_a_cancelled_waiter_makes_way_for_those_behind():
     memory = Blocks(10)
-    room = KvRoom(memory, max_held=9, max_waiting=9)
+    room = new_room(memory, max_held=9, max_waiting=9)
     holder, big, small = Holder(room, 6), Holder(room, 8), Holder(room, 2)
     await settle()
     big.task.cancel()
@@ -105,7 +109,7 @@ async def test_a_cancelled_waiter_makes_way_for_those_behind():
 
 async def test_a_waiter_cancelled_in_the_moment_of_its_grant_gives_it_back():
     memory = Blocks(4)
-    room = KvRoom(memory, max_held=9, max_waiting=9)
+    room = new_room(memory, max_held=9, max_waiting=9)
     holder, waiter = Holder(room, 4), Holder(room, 4)
     await settle()
     holder.let_go.set()

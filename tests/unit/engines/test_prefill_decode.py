@@ -81,6 +81,8 @@ async def test_a_second_turn_computes_only_what_is_not_cached(num_tokens):
         num_cached = (num_tokens + len(answer) - 1) // BLOCK_SIZE * BLOCK_SIZE
         assert response.stats.num_cached_tokens == num_cached
         assert response.stats.num_blocks_pulled == num_cached // BLOCK_SIZE
+        # Nobody offers again what he knows to be there.
+        assert store.num_offered == len(store.blocks)
         computed = bench.prefill_runner.num_tokens_computed - computed_before
         assert computed == response.stats.num_computed_tokens == len(second) - num_cached
         assert bench.all_free()

@@ -11,7 +11,7 @@ from snowskin.engines.cancellation import outlast
 from snowskin.engines.publisher import BlockPublisher, PublishRules
 from snowskin.engines.sequence import KeyChain
 from snowskin.kvstore.errors import PoolExhausted
-from tests.support.engine_bench import BLOCK_SIZE, make_prompt, prompt_tokens
+from tests.support.engine_bench import BLOCK_SIZE, make_prompt, prompt_tokens, until
 
 
 class Link:
@@ -52,7 +52,7 @@ async def test_what_is_ready_goes_out_in_order_with_its_parent():
     async with publisher(link) as publishing:
         publishing.skip(2)
         publishing.ready(5)
-        await asyncio.sleep(0.001)
+        await until(lambda: link.published)
         publishing.ready(7)
         await publishing.finish()
     assert link.published == [
@@ -102,7 +102,7 @@ async def test_a_publisher_that_is_left_waits_for_the_publish_under_way(monkeypa
     async def run():
         async with publisher(link) as publishing:
             publishing.ready(1)
-            await asyncio.sleep(10)
+            await asyncio.Event().wait()
 
     task = asyncio.create_task(run())
     for _ in range(5):
