@@ -42,7 +42,7 @@ def toy_spec(mode: str = "serve", **fields) -> ChildSpec:
 async def supervised(spec: ChildSpec):
     """A child under supervision, and the failures that it reported."""
     failures: list[Exception] = []
-    process = Supervised(spec, on_failure=failures.append)
+    process = Supervised(spec, on_failure=lambda _process, error: failures.append(error))
     hurry: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     try:
         yield process, failures

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from snowskin.tools.cluster.errors import RequestFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 _DATA = "data:"
 _DONE = "[DONE]"

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from snowskin.engines.model.tokenizer import Tokenizer
     from snowskin.tools.cluster.monolith import Agreement
 
-MIN_KV_MEMORY_NBYTES = 512 << 20
-MIN_DRAM_NBYTES = 1 << 30
+MIN_KV_MEMORY_NBYTES = 256 << 20
+MIN_DRAM_NBYTES = 512 << 20
 REQUEST_TIMEOUT_S = 300.0
 PIPE_COLUMNS = 150
 # Left for questions and template, beyond the document and the answers.

@@ -13,10 +13,11 @@ from rich.table import Table
 
 from snowskin.tools.bench.host import host_facts
 from snowskin.tools.bench.report import Goal, Report, Row, make_row
-from snowskin.tools.cluster.chat import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from snowskin.tools.cluster.chat import Answer
 
 TTFT_GOAL = Goal(of="ratio", relation="<=", bound=0.3)
 NO_WRONG_TOKENS = Goal(of="value", relation="<=", bound=0.0)

@@ -72,7 +72,7 @@ class LocalCluster:
         """
         self.settings = settings
         self.processes: dict[str, Supervised] = {}
-        self.failed: asyncio.Future[ChildGivenUp]
+        self.failed: asyncio.Future[ChildGivenUp]  # done when the cluster cannot serve any more
         self._engine_module = engine_module
         self._environment = dict(environment or {})
         self._config = config
@@ -172,8 +172,17 @@ class LocalCluster:
             return error
         return None
 
-    def _on_failure(self, error: ChildGivenUp) -> None:
-        if not self.failed.done():
+    def _on_failure(self, process: Supervised, error: ChildGivenUp) -> None:
+        """One engine of several may stay dead; without the last of a role nothing can be served."""
+        role = process.spec.role
+        others = [
+            other
+            for other in self.processes.values()
+            if other.spec.role == role and other.state not in ("failed", "stopped")
+        ]
+        if role in ENGINE_ROLES and others:
+            log.error("serving without it", child=process.name, others=len(others))
+        elif not self.failed.done():
             self.failed.set_result(error)
 
     # --- what runs

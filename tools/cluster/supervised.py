@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.tools.cluster.child import Child, Forward, Ready, describe_exit
 from snowskin.tools.cluster.errors import ChildFailed, ChildGivenUp
 from snowskin.tools.cluster.restarts import GiveUp, RestartHistory, RestartLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 log = get_logger(__name__)
 
@@ -49,7 +52,9 @@ class ChildSpec:
 class Supervised:
     """A child process under supervision."""
 
-    def __init__(self, spec: ChildSpec, *, on_failure: Callable[[ChildGivenUp], None]) -> None:
+    def __init__(
+        self, spec: ChildSpec, *, on_failure: Callable[[Supervised, ChildGivenUp], None]
+    ) -> None:
         """Nothing runs yet; `on_failure` is called once if the child stays dead."""
         self.spec = spec
         self.facts: Ready | None = None
@@ -160,7 +165,7 @@ class Supervised:
         )
         log.error("child given up", child=self.name, num_quick_deaths=num_deaths)
         await self._became("failed")
-        self._on_failure(error)
+        self._on_failure(self, error)
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal to the run under way, if there is one."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snowskin.kvstore import wire
-from snowskin.kvstore.messages import NodeStat
 from snowskin.kvstore.rpc import open_channel, translating
 from snowskin.v1 import admin_pb2, admin_pb2_grpc
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     import grpc.aio
+
+    from snowskin.kvstore.messages import NodeStat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
