@@ -5,7 +5,7 @@ what cannot work (model, settings, port) ends the start with one clear error; wh
 (node, conductor) never does. A drain refuses new requests and lets running ones finish.
 """
 
-# ruff: noqa: TC004  (annotations only; imported at run time they would bring torch)
+
 
 from __future__ import annotations
 

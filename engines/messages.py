@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.blocks import KeyColumn
-
 if TYPE_CHECKING:
     # Not at run time: it would bring torch to whoever only passes messages on.
-    from snowskin.engines.model.sampler import SamplingParams  # noqa: TC004  never evaluated
+    from snowskin.engines.model.sampler import SamplingParams
+    from snowskin.kvstore.blocks import KeyColumn
 
 
 class CachePolicy(Enum):
