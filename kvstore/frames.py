@@ -5,7 +5,12 @@ Rules kept here: no I/O; a frame's length is checked before anything is kept for
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from snowskin.kvstore.errors import ProtocolViolation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HEADER_NBYTES = 4
 # 8,192 keys of 64 bytes and what stands around them, with room to spare.
@@ -34,8 +39,8 @@ class FrameReader:
         """Bytes of a frame that is not complete."""
         return len(self._buffer)
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The messages that `data` completes.
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The messages that `data` completes, one by one: those before a violation still count.
 
         Raises:
             ProtocolViolation: a length is 0 or over the limit; the stream cannot be read on.
@@ -44,20 +49,18 @@ class FrameReader:
             # The common case: one whole frame a read, no buffering.
             length = int.from_bytes(data[:HEADER_NBYTES], "little")
             if length == len(data) - HEADER_NBYTES and 0 < length <= MAX_FRAME_NBYTES:
-                return [data[HEADER_NBYTES:]]
+                yield data[HEADER_NBYTES:]
+                return
         self._buffer += data
-        messages = []
-        start = 0
-        while len(self._buffer) - start >= HEADER_NBYTES:
-            length = int.from_bytes(self._buffer[start : start + HEADER_NBYTES], "little")
+        while len(self._buffer) >= HEADER_NBYTES:
+            length = int.from_bytes(self._buffer[:HEADER_NBYTES], "little")
             if not 0 < length <= MAX_FRAME_NBYTES:
                 raise ProtocolViolation(
                     f"a frame of {length} bytes was announced, the limit is {MAX_FRAME_NBYTES}"
                 )
-            end = start + HEADER_NBYTES + length
+            end = HEADER_NBYTES + length
             if len(self._buffer) < end:
-                break
-            messages.append(bytes(self._buffer[start + HEADER_NBYTES : end]))
-            start = end
-        del self._buffer[:start]
-        return messages
+                return
+            payload = bytes(self._buffer[HEADER_NBYTES:end])
+            del self._buffer[:end]  # a bytearray moves its start, not its bytes
+            yield payload

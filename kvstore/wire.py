@@ -385,6 +385,10 @@ def _lease_from(message: Any) -> Lease | None:
     return Lease(id=LeaseId(lease.id), ttl_s=lease.ttl_ms / 1000, capability=lease.capability)
 
 
+# A newer node may know more of them; what it matched is clear without.
+_WAKE_REASONS = {reason.value: reason for reason in WakeReason}
+
+
 def _matched_from(message: store_pb2.MatchResponse, node_id: str) -> Matched:
     reason = message.wake_reason
     return Matched(
@@ -392,7 +396,7 @@ def _matched_from(message: store_pb2.MatchResponse, node_id: str) -> Matched:
         lease=_lease_from(message),
         runs=tuple([_run_from(run, node_id) for run in message.runs]),
         checksums=tuple([_checksums_from(column) for column in message.checksums]),
-        wake_reason=WakeReason(reason) if reason else WakeReason.SATISFIED,
+        wake_reason=_WAKE_REASONS.get(reason, WakeReason.SATISFIED),
         node_epoch=message.node_epoch,
     )
 

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
@@ -33,7 +34,7 @@ from snowskin.kvstore.client.machine import (
     Step,
     Tell,
 )
-from snowskin.kvstore.client.rpc_connection import METHODS, Landing, chunks
+from snowskin.kvstore.client.rpc_connection import METHODS, Landing, check_local, chunks
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S, DOOR_PREFIX, MOVE_TIMEOUT_S
 from snowskin.kvstore.errors import (
     ClientClosed,
@@ -54,13 +55,13 @@ from snowskin.kvstore.messages import (
 )
 from snowskin.kvstore.rpc import call_metadata, channel_options, translating
 from snowskin.kvstore.wire import reply_from, request_to
-from snowskin.transport.errors import SnowskinError
+from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.transport.memory import MemoryRegion, region_of
 from snowskin.transport.shm import ShmTransport
 from snowskin.v1 import store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -88,6 +89,9 @@ class BlockingConnection(Protocol):
 
     def move(self, step: Move, *, request_id: str) -> None:
         """Copies bytes under a lease."""
+
+    def interrupt(self) -> None:
+        """Makes the call under way, on another thread, fail now; no other may follow."""
 
     def close(self) -> None:
         """Ends it; idempotent."""
@@ -269,10 +273,12 @@ class BlockingStoreClient:
         return reply
 
     def close(self) -> None:
-        """Ends the session, and with it all that it held."""
+        """Ends the session, and with it all that it held; a call on another thread fails with NodeUnavailable."""
         if not self._closed:
             self._closed = True
-            self._connection.close()
+            self._connection.interrupt()
+            with self._turn:
+                self._connection.close()
 
     def __enter__(self) -> BlockingStoreClient:
         return self
@@ -357,13 +363,17 @@ class BlockingDoorConnection:
         descriptors: list[int] = []
         try:
             self._door.sendall(self._conversation.hello(client_name, access))
-            while self._conversation.greeting is None:
-                data, received, _, _ = socket.recv_fds(self._door, RECV_NBYTES, MAX_POOLS)
+            greeting = None
+            while greeting is None:
+                data, received, _, _ = socket.recv_fds(
+                    self._door, RECV_NBYTES, MAX_POOLS, socket.MSG_CMSG_CLOEXEC
+                )
                 descriptors += received
                 if not data:
-                    raise NodeUnavailable(f"the node on {path} closed the connection")
-                self._conversation.receive(data)
-            greeting = self._conversation.greeting
+                    raise NodeUnavailable(
+                        f"the node on {path} closed the connection", hint="see the node's log"
+                    )
+                greeting = self._conversation.greeted(data)
             taken, descriptors = descriptors, []
             self._pools: dict[int, AttachedMemory] = attach_pools(
                 self._transport, greeting, taken, access
@@ -416,10 +426,27 @@ class BlockingDoorConnection:
                     f"the node speaks of pool {pool_id}, which it did not pass",
                     hint="connect again",
                 )
-            if step.is_push:
-                self._transport.push(step.local, pool, runs, deadline_s=deadline_s, landed=landed)
-            else:
-                self._transport.pull(pool, step.local, runs, deadline_s=deadline_s, landed=landed)
+            try:
+                if step.is_push:
+                    self._transport.push(
+                        step.local, pool, runs, deadline_s=deadline_s, landed=landed
+                    )
+                else:
+                    self._transport.pull(
+                        pool, step.local, runs, deadline_s=deadline_s, landed=landed
+                    )
+            except TransportClosed as error:
+                if not self._transport.closed:  # then it is the caller's own region that was closed
+                    raise
+                raise NodeUnavailable(
+                    f"the client of node {self.node_id} was closed during a copy"
+                ) from error
+
+    def interrupt(self) -> None:
+        """Wakes the thread that waits for an answer, and lets no further piece land."""
+        with contextlib.suppress(OSError):  # broken already
+            self._door.shutdown(socket.SHUT_RDWR)
+        self._transport.close()
 
     def close(self) -> None:
         """Ends the session."""
@@ -508,7 +535,7 @@ class BlockingRpcConnection:
     ) -> ReplyMessage:
         """One call and its answer."""
         name, message = request_to(request, lease.capability if lease else b"")
-        with translating(f"node {self.address}"):
+        with self._translating():
             response = getattr(self._stub, METHODS[name])(
                 message, timeout=timeout_s, metadata=call_metadata(request_id)
             )
@@ -521,8 +548,11 @@ class BlockingRpcConnection:
 
     def move(self, step: Move, *, request_id: str) -> None:
         """Streams bytes through the slow path."""
+        check_local(step)
         metadata = call_metadata(request_id)
-        with translating(f"node {self.address}"):
+        if step.timeout_s > step.lease.ttl_s / 3:
+            step = replace(step, landed=_Renewing(step, self._renew).landed)
+        with self._translating():
             if step.is_push:
                 self._stub.Write(chunks(step), timeout=step.timeout_s, metadata=metadata)
                 return
@@ -536,8 +566,32 @@ class BlockingRpcConnection:
                 raise
             landing.finish()
 
+    def interrupt(self) -> None:
+        """Cancels the call under way."""
+        self.close()
+
     def close(self) -> None:
         """Closes the channel."""
         if self.connected:
             self.connected = False
             self._channel.close()
+
+    def _renew(self, lease: Lease) -> None:
+        # Its answer is not waited for: this thread has bytes to move, and a copy whose lease ran out fails.
+        _, message = request_to(
+            RenewRequest(lease_ids=(lease.id,), ttl_s=lease.ttl_s), lease.capability
+        )
+        self._stub.Renew.future(message, timeout=CALL_TIMEOUT_S)
+
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        try:
+            with translating(f"node {self.address}"):
+                yield
+        except (SnowskinError, ValueError) as error:
+            if self.connected:
+                raise
+            # A closed channel says CANCELLED, or ValueError.
+            raise NodeUnavailable(
+                f"the channel to {self.address} was closed during the call"
+            ) from error

@@ -13,41 +13,70 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.client.machine import Conversation, Move
+from snowskin.kvstore.client.machine import Conversation, Move, giving_back
 from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.descriptor import RegionDescriptor
-from snowskin.transport.errors import SnowskinError
+from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
-    from snowskin.transport.copying import AttachedMemory
+    from collections.abc import Sequence
 
-RECV_NBYTES = 256 << 10
+    from snowskin.transport.copying import AttachedMemory
+    from snowskin.transport.runs import Run
+
+# Not more: the C library takes fresh pages for larger buffers, on each call.
+RECV_NBYTES = 64 << 10
 MAX_POOLS = 64
 MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
 SETTLE_LOOK_S = 0.002
+CONNECT_LOOK_S = 0.01
 
 log = get_logger(__name__)
 
 
 def connect_socket(path: str, timeout_s: float) -> socket.socket:
-    """A connected socket to a door; raises NodeUnavailable or BadSetting."""
+    """A connected socket to a door, made on the calling thread; raises NodeUnavailable or BadSetting."""
     door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     door.settimeout(timeout_s)
     try:
         door.connect(path)
     except OSError as error:
         door.close()
-        if "too long" in str(error):
-            raise BadSetting(f"door path {path}: {error}", hint="use a shorter path") from error
-        raise NodeUnavailable(
-            f"no node answers on {path}: {error.strerror or error}",
-            hint="start one with `snowskin node --door PATH`, or check the path",
-        ) from error
+        raise _not_connected(path, error) from error
     return door
+
+
+async def _connect_socket(path: str, deadline_s: float) -> socket.socket:
+    """The same without holding the loop: a stopped node's queue of connections may be full."""
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                door.connect(path)
+            except BlockingIOError:  # a Unix socket does not tell when there is room again
+                if time.monotonic() >= deadline_s:
+                    raise
+                await asyncio.sleep(CONNECT_LOOK_S)
+            else:
+                return door
+    except BaseException as error:
+        door.close()
+        if isinstance(error, OSError):
+            raise _not_connected(path, error) from error
+        raise
+
+
+def _not_connected(path: str, error: OSError) -> SnowskinError:
+    if "too long" in str(error):
+        return BadSetting(f"door path {path}: {error}", hint="use a shorter path")
+    return NodeUnavailable(
+        f"no node answers on {path}: {error.strerror or error}",
+        hint="start one with `snowskin node --door PATH`, or check the path",
+    )
 
 
 def attach_pools(
@@ -105,26 +134,28 @@ class DoorConnection:
         conversation = Conversation()
         transport = ShmTransport()
         loop = asyncio.get_running_loop()
-        door = connect_socket(path, timeout_s)
+        door = await _connect_socket(path, time.monotonic() + timeout_s)
         descriptors: list[int] = []
         try:
-            door.setblocking(False)
-            await loop.sock_sendall(door, conversation.hello(client_name, access))
             async with asyncio.timeout(timeout_s):
-                while conversation.greeting is None:
+                await loop.sock_sendall(door, conversation.hello(client_name, access))
+                greeting = None
+                while greeting is None:
                     data, received = await _receive_with_descriptors(door)
                     descriptors += received
                     if not data:
-                        raise NodeUnavailable(f"the node on {path} closed the connection")
-                    conversation.receive(data)
-            pools = attach_pools(transport, conversation.greeting, descriptors, access)
+                        raise NodeUnavailable(
+                            f"the node on {path} closed the connection", hint="see the node's log"
+                        )
+                    greeting = conversation.greeted(data)
+            taken, descriptors = descriptors, []
+            pools = attach_pools(transport, greeting, taken, access)
             return cls(door, conversation, transport, pools)
         except BaseException as error:
             door.close()
             transport.close()
             for descriptor in descriptors:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+                os.close(descriptor)
             if isinstance(error, TimeoutError):
                 raise NodeUnavailable(
                     f"the node on {path} did not greet within {timeout_s} s",
@@ -150,6 +181,9 @@ class DoorConnection:
         try:
             self._send(data)
             return await future
+        except BaseException:
+            self._drop(future)
+            raise
         finally:
             timer.cancel()
             self._waiting.pop(call_id, None)
@@ -169,19 +203,48 @@ class DoorConnection:
                     f"the node speaks of pool {pool_id}, which it did not pass",
                     hint="connect again",
                 )
-            if not step.is_push:
-                await self._transport.pull_async(
-                    pool, step.local, runs, deadline_s=deadline_s, landed=step.landed
-                )
-                continue
             try:
-                await self._transport.push_async(
-                    step.local, pool, runs, deadline_s=deadline_s, landed=step.landed
-                )
-            finally:
-                # The caller will say that it writes no more: a piece that is under way must be done first.
-                while pool.memory.quarantined_nbytes and not pool.closed:  # noqa: ASYNC110  ends within a piece
+                if step.is_push:
+                    await self._push(step, pool, runs, deadline_s)
+                else:
+                    await self._transport.pull_async(
+                        pool, step.local, runs, deadline_s=deadline_s, landed=step.landed
+                    )
+            except TransportClosed as error:
+                if self._open:  # then it is the caller's own region that was closed
+                    raise
+                raise NodeUnavailable(
+                    f"the connection to node {self.node_id} ended during a copy",
+                    hint="connect again",
+                ) from error
+
+    async def _push(
+        self, step: Move, pool: AttachedMemory, runs: Sequence[Run], deadline_s: float
+    ) -> None:
+        try:
+            await self._transport.push_async(
+                step.local, pool, runs, deadline_s=deadline_s, landed=step.landed
+            )
+        finally:
+            # The caller will say that it writes no more: a piece that is under way must be done first, however
+            # often the caller is cancelled meanwhile.
+            cancelled: asyncio.CancelledError | None = None
+            while pool.memory.quarantined_nbytes and not pool.closed:
+                try:
                     await asyncio.sleep(SETTLE_LOOK_S)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if cancelled is not None:
+                raise cancelled
+
+    def _drop(self, future: asyncio.Future[ReplyMessage]) -> None:
+        """Its caller was cancelled: what was answered in the same turn of the loop has no taker."""
+        if not future.done() or future.cancelled() or future.exception() is not None:
+            return
+        unwanted = giving_back(future.result())
+        if unwanted is not None and self._open:
+            with contextlib.suppress(NodeUnavailable):
+                self._send(self._conversation.tell(unwanted))
 
     async def close(self) -> None:
         """Ends the session; what waits fails with NodeUnavailable."""
@@ -270,8 +333,11 @@ class DoorConnection:
         self._loop.remove_writer(self._door.fileno())
         self._door.close()
         self._transport.close()
-        for call_id, answer in self._conversation.closed():
-            self._resolve(call_id, answer)
+        for call_id in list(self._waiting):
+            lost = NodeUnavailable(
+                f"the connection to node {self.node_id} ended: {reason}", hint="connect again"
+            )
+            self._resolve(call_id, lost)
 
 
 async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[int]]:
@@ -279,8 +345,10 @@ async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[in
     loop = asyncio.get_running_loop()
     while True:
         try:
-            data, descriptors, _, _ = socket.recv_fds(door, RECV_NBYTES, MAX_POOLS)
-        except (BlockingIOError, InterruptedError):
+            data, descriptors, _, _ = socket.recv_fds(
+                door, RECV_NBYTES, MAX_POOLS, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
             readable: asyncio.Future[None] = loop.create_future()
             loop.add_reader(door.fileno(), _set_once, readable)
             try:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snowskin.kvstore.checksum import RunningChecksums
 from snowskin.kvstore.errors import (
     BadRequest,
     ChecksumMismatch,
     LeaseExpired,
-    NodeUnavailable,
+    NamespaceMismatch,
     ProtocolViolation,
 )
 from snowskin.kvstore.frames import FrameReader, frame
@@ -49,13 +49,13 @@ from snowskin.kvstore.wire import (
     reply_from,
     request_to,
 )
+from snowskin.transport.errors import SnowskinError
 from snowskin.transport.runs import Run as TransferRun
 from snowskin.v1 import door_pb2
 
 if TYPE_CHECKING:
     from snowskin.kvstore.blocks import KeyColumn
     from snowskin.transport.api import Landed
-    from snowskin.transport.errors import SnowskinError
     from snowskin.transport.memory import MemoryRegion
 
 # --- one connection to the local door
@@ -127,17 +127,12 @@ class Conversation:
                 replies.append(self.tell(unwanted))
         return answers, replies
 
-    def closed(self) -> list[Answer]:
-        """The connection broke: what every call that waits is told."""
-        lost = [
-            (
-                call_id,
-                NodeUnavailable("the connection to the node broke", hint="connect again"),
-            )
-            for call_id in sorted(self._pending)
-        ]
-        self._pending.clear()
-        return list(lost)
+    def greeted(self, data: bytes) -> Greeting | None:
+        """The greeting, once `data` completes it; raises what the node refused the session with."""
+        for _, answer in self.receive(data)[0]:
+            if isinstance(answer, SnowskinError):
+                raise answer
+        return self.greeting
 
     def _next_id(self) -> int:
         self._last_call_id = self._last_call_id % 0xFFFF_FFFF + 1
@@ -145,9 +140,8 @@ class Conversation:
 
     def _encode(self, call_id: int, request: Request, request_id: str) -> bytes:
         name, message = request_to(request)
-        envelope = door_pb2.DoorRequest(call_id=call_id, request_id=request_id)
-        getattr(envelope, name).MergeFrom(message)
-        getattr(envelope, name).SetInParent()
+        fields: dict[str, Any] = {name: message}  # a oneof: its name is known at run time
+        envelope = door_pb2.DoorRequest(call_id=call_id, request_id=request_id, **fields)
         return frame(envelope.SerializeToString())
 
 
@@ -293,6 +287,8 @@ def publish_tail(
         timeout_s=timeout_s,
     )
     names = [tail_id.encode()]
+    if not tail_id:
+        raise BadRequest("a tail without an id", hint="give the request's id")
     return (yield from _publish(settings, request, names, nbytes, local, [local_offset]))
 
 
@@ -403,6 +399,8 @@ def pull_tail(
         timeout_s=timeout_s,
         tail_request_id=tail_id,
     )
+    if not tail_id:
+        raise BadRequest("a tail without an id", hint="give the request's id")
     name = tail_id.encode()
     names = Names(name, len(name))
     pulled = yield from _pull(settings, request, namespace, names, nbytes, local, [local_offset])
@@ -439,6 +437,8 @@ def _pull(
     wrong: tuple[int, ...] = ()
     try:
         moves = _transfer_runs(matched.runs, block_nbytes, local_offsets)
+        if num_blocks != sum(run.num_blocks for run in matched.runs) or not matched.checksums:
+            raise ProtocolViolation(f"the node's runs or checksums are not of {num_blocks} blocks")
         sums = None
         if settings.verify:
             sums = RunningChecksums(local.buffer, block_nbytes)
@@ -470,12 +470,20 @@ def _transfer_runs(
     """What to copy, in order, by pool; neighbours on both sides become one."""
     side_by_side = isinstance(local_offsets, range) and local_offsets.step == block_nbytes
     moves: list[tuple[int, list[TransferRun]]] = []
+    next_index = 0
     for run in runs:
         extent = run.extent
-        if extent.nbytes != run.num_blocks * block_nbytes:
+        if run.first_block_index < next_index or run.num_blocks < 1:
+            raise ProtocolViolation("the node's runs are not in prefix order")
+        next_index = run.first_block_index + run.num_blocks
+        if next_index > len(local_offsets):
             raise ProtocolViolation(
+                f"a run of the node's reaches to block {next_index} of {len(local_offsets)}"
+            )
+        if extent.nbytes != run.num_blocks * block_nbytes:
+            raise NamespaceMismatch(
                 f"an extent of {extent.nbytes} bytes for {run.num_blocks} blocks of {block_nbytes}",
-                hint="reader and writer must use the same layout",
+                hint="two layouts must have two namespaces",
             )
         if not moves or moves[-1][0] != extent.pool_id:
             moves.append((extent.pool_id, []))

@@ -13,7 +13,8 @@ from snowskin.kvstore.errors import NodeUnavailable, ProtocolViolation
 from snowskin.kvstore.rpc import call_metadata, open_channel, translating
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import reply_from, request_to
-from snowskin.transport.errors import SnowskinError
+from snowskin.transport.errors import RegionReadOnly, SnowskinError, TransportClosed
+from snowskin.transport.runs import check_bounds
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.messages import Lease, ReplyMessage, Request
 
 CHUNK_NBYTES = 1 << 20
+ANY_NBYTES = 1 << 64
 TELL_TIMEOUT_S = 1.0
 
 METHODS = {
@@ -39,6 +41,20 @@ METHODS = {
 }
 
 log = get_logger(__name__)
+
+
+def check_local(step: Move) -> None:
+    """Refuses a move that local memory cannot take or give, before a byte is sent."""
+    if step.local.closed:
+        raise TransportClosed("the local region is closed")
+    if not step.is_push and not step.local.writable:
+        raise RegionReadOnly(
+            f"the landing region of {step.local.nbytes} bytes is read-only",
+            hint="register it with writable=True",
+        )
+    for _, runs in step.runs:
+        # The node's side was checked by the node, which granted it.
+        check_bounds(runs, remote_nbytes=ANY_NBYTES, local_nbytes=step.local.nbytes)
 
 
 def chunks(step: Move) -> Iterator[store_pb2.WriteRequest]:
@@ -146,8 +162,12 @@ class RpcConnection:
         call = method(message, timeout=timeout_s, metadata=call_metadata(request_id))
         # Cancelling cancels the call on the node too; a lease that it had just granted has then no holder and runs
         # out: gRPC cannot say which of the two happened.
-        with translating(f"node {self.address}"):
-            response = await call
+        try:
+            with translating(f"node {self.address}"):
+                response = await call
+        except asyncio.CancelledError:
+            self._raise_if_closed_under_a_call()
+            raise
         return reply_from(name, response, self.node_id)
 
     def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:
@@ -160,31 +180,44 @@ class RpcConnection:
 
     async def move(self, step: Move, *, request_id: str) -> None:
         """Streams bytes through the slow path."""
+        check_local(step)
         metadata = call_metadata(request_id)
-        with translating(f"node {self.address}"):
-            if step.is_push:
-                await self._stub.Write(
-                    _as_stream(chunks(step)), timeout=step.timeout_s, metadata=metadata
-                )
-                return
-            landing = Landing(step)
-            stream = self._stub.Read(landing.request, timeout=step.timeout_s, metadata=metadata)
-            try:
-                async for chunk in stream:
-                    landing.land(chunk)
-            except BaseException:
-                stream.cancel()
-                raise
-            landing.finish()
+        try:
+            with translating(f"node {self.address}"):
+                if step.is_push:
+                    await self._stub.Write(
+                        _as_stream(chunks(step)), timeout=step.timeout_s, metadata=metadata
+                    )
+                    return
+                landing = Landing(step)
+                stream = self._stub.Read(landing.request, timeout=step.timeout_s, metadata=metadata)
+                try:
+                    async for chunk in stream:
+                        landing.land(chunk)
+                except BaseException:
+                    stream.cancel()
+                    raise
+                landing.finish()
+        except asyncio.CancelledError:
+            self._raise_if_closed_under_a_call()
+            raise
 
     async def close(self) -> None:
         """Waits for what is being told, then closes the channel."""
         if not self._open:
             return
         self._open = False
-        if self._telling:
-            await asyncio.wait(self._telling, timeout=TELL_TIMEOUT_S)
-        await self._channel.close(None)
+        try:
+            if self._telling:
+                await asyncio.wait(self._telling, timeout=TELL_TIMEOUT_S)
+        finally:
+            await self._channel.close(None)
+
+    def _raise_if_closed_under_a_call(self) -> None:
+        """A channel that closes cancels its calls; their callers were not cancelled."""
+        task = asyncio.current_task()
+        if not self._open and (task is None or not task.cancelling()):
+            raise NodeUnavailable(f"the channel to {self.address} was closed during the call")
 
     async def _tell(self, request: Request, lease: Lease, request_id: str) -> None:
         try:

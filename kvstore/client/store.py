@@ -377,8 +377,7 @@ class StoreClient:
             await self._connection.move(step, request_id=request_id)
         finally:
             renewing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewing
+            await asyncio.wait([renewing])  # not `await renewing`: this one may be cancelled too
 
     async def _keep_alive(self, lease: Lease, every_s: float, request_id: str) -> None:
         """Renews the lease of a long copy; a renewal that fails is the copy's own failure soon enough."""

@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from snowskin.kvstore.session import Session
 
 HELLO_TIMEOUT_S = 2.0
-RECV_NBYTES = 256 << 10
+ACCEPT_PAUSE_S = 1.0
+# Not more: the C library takes fresh pages for larger buffers, on each call.
+RECV_NBYTES = 64 << 10
 MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
 MAX_CONNECTIONS = 1024
 MAX_PATH_NBYTES = 107  # sun_path, less its terminating zero
@@ -68,10 +70,13 @@ _REPLY_FIELDS = {
 class LocalDoor:
     """Listens on a socket path and turns connections into sessions."""
 
-    def __init__(self, shell: NodeShell, path: Path) -> None:
+    def __init__(
+        self, shell: NodeShell, path: Path, *, hello_timeout_s: float = HELLO_TIMEOUT_S
+    ) -> None:
         """Not listening yet."""
         self.path = path
         self._shell = shell
+        self._hello_timeout_s = hello_timeout_s
         self._connections: set[_Connection] = set()
         self._socket: socket.socket | None = None
 
@@ -92,16 +97,20 @@ class LocalDoor:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _remove_stale(self.path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            listener.bind(path)
-            self.path.chmod(0o600)
-            listener.listen(128)
+            try:
+                listener.bind(path)
+                self.path.chmod(0o600)
+                listener.listen(128)
+            except OSError:
+                listener.close()
+                raise
         except OSError as error:
             raise BadSetting(
                 f"door {path} cannot be opened: {error.strerror}",
                 hint="choose a path in a folder of yours with --door",
             ) from error
         self._socket = listener
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._on_connect)
+        self._listen()
 
     def close(self) -> None:
         """Cuts everybody off and removes the socket; idempotent."""
@@ -115,6 +124,10 @@ class LocalDoor:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
 
+    def _listen(self) -> None:
+        if self._socket is not None:
+            asyncio.get_running_loop().add_reader(self._socket.fileno(), self._on_connect)
+
     def _on_connect(self) -> None:
         assert self._socket is not None, "a connection came to a closed door"
         try:
@@ -123,6 +136,10 @@ class LocalDoor:
             return
         except OSError as error:  # out of descriptors: those who are in must not suffer
             log.error("connection not accepted", error=str(error))
+            # The listener stays readable: looking again at once would be all that this loop does.
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._socket.fileno())
+            loop.call_later(ACCEPT_PAUSE_S, self._listen)
             return
         peer.setblocking(False)
         pid, uid, _ = _PEERCRED.unpack(
@@ -132,7 +149,10 @@ class LocalDoor:
             log.warning("connection refused", pid=pid, uid=uid, connections=len(self._connections))
             peer.close()
             return
-        self._connections.add(_Connection(self._shell, peer, pid, self._connections.discard))
+        connection = _Connection(
+            self._shell, peer, pid, self._connections.discard, hello_timeout_s=self._hello_timeout_s
+        )
+        self._connections.add(connection)
 
 
 def _remove_stale(path: Path) -> None:
@@ -147,6 +167,8 @@ def _remove_stale(path: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
             return
+        except (TimeoutError, BlockingIOError):
+            pass  # somebody listens, and is too busy to answer
     raise AddressInUse(
         f"a node listens on {path} already", hint="stop it, or choose another path with --door"
     )
@@ -161,6 +183,8 @@ class _Connection:
         peer: socket.socket,
         pid: int,
         on_close: Callable[[_Connection], None],
+        *,
+        hello_timeout_s: float,
     ) -> None:
         self._shell = shell
         self._socket = peer
@@ -172,7 +196,7 @@ class _Connection:
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(peer.fileno(), self._on_readable)
-        self._hello_timer = self._loop.call_later(HELLO_TIMEOUT_S, self.close, "no Hello came")
+        self._hello_timer = self._loop.call_later(hello_timeout_s, self.close, "no Hello came")
 
     def close(self, reason: str) -> None:
         """Ends connection and session; idempotent."""
@@ -246,18 +270,19 @@ class _Connection:
         response = door_pb2.DoorResponse(call_id=call_id)
         greeting = self._shell.greeting(self._session)
         greeting_to(greeting, response.hello, WIRE_VERSION)
-        arenas = [self._shell.arenas[pool.pool_id] for pool in greeting.pools]
-        descriptors = [
-            arena.open_read_write() if access is Access.WRITE else arena.open_read_only()
-            for arena in arenas
-        ]
+        descriptors: list[int] = []
         try:
+            for pool in greeting.pools:
+                arena = self._shell.arenas[pool.pool_id]
+                is_writer = access is Access.WRITE
+                descriptors.append(arena.open_read_write() if is_writer else arena.open_read_only())
             data = frame(response.SerializeToString())
             # A fresh socket's buffer takes a greeting whole; the descriptors go with its first byte.
             sent = socket.send_fds(self._socket, [data], descriptors)
             self._unsent += data[sent:]
             self._flush()
         except OSError as error:
+            log.warning("session not greeted", pid=self._pid, error=str(error))
             self.close(str(error))
         finally:
             for descriptor in descriptors:
@@ -277,7 +302,12 @@ class _Connection:
             response.error.CopyFrom(error_to_detail(reply))
         else:
             reply_to(reply, getattr(response, _REPLY_FIELDS[type(reply).__name__]))
-        data = frame(response.SerializeToString())
+        try:
+            data = frame(response.SerializeToString())
+        except ProtocolViolation as error:  # ours, not the client's: many shards of many keys
+            log.warning("answer too long", pid=self._pid, error=str(error))
+            self._close_soon(str(error))
+            return
         if not self._unsent:
             try:
                 sent = self._socket.send(data)

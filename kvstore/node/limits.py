@@ -18,6 +18,9 @@ class NodeLimits:
     max_extent_nbytes: int = 64 << 20
     max_keys: int = 8192
     max_namespaces: int = 64
+    # Keys times namespaces of one match: each may come back as a run of its own, some 40 bytes, and the answer
+    # must fit a frame.
+    max_match_blocks: int = 65536
     max_timeout_s: float = 600.0
     max_waiting: int = 1024
     max_leases_per_session: int = 4096

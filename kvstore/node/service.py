@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from snowskin.kvstore.errors import BadRequest, CommitRefused, LeaseUnknown
 from snowskin.kvstore.messages import (
+    AbortRequest,
     LeaseId,
     Matched,
+    ReleaseRequest,
     ReplyMessage,
+    Request,
     Reserved,
 )
 from snowskin.kvstore.wire import reply_to, request_from
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 CHUNK_NBYTES = 1 << 20
 CAPABILITY_NBYTES = 16
+NO_ANSWER = 0  # as a call id: calls count from 1
 
 
 class StoreService(store_pb2_grpc.StoreServicer):
@@ -70,19 +74,33 @@ class StoreService(store_pb2_grpc.StoreServicer):
         call_id = next(self._calls)
         future: asyncio.Future[ReplyMessage] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = future
-        self._shell.request(self._session.id, call_id, request)
         try:
+            self._shell.request(self._session.id, call_id, request)
             reply = await future
         except asyncio.CancelledError:
-            # The answer may have been made already: then its lease has no holder, and runs out.
-            self._waiting.pop(call_id, None)
             self._shell.cancel(self._session.id, call_id)
+            self._take_back(future)
             raise
+        finally:
+            self._waiting.pop(call_id, None)
         if isinstance(reply, Matched | Reserved) and reply.lease is not None:
             capability = self._capability(reply.lease.id)
             reply = replace(reply, lease=replace(reply.lease, capability=capability))
         reply_to(reply, response)
         return response
+
+    def _take_back(self, future: asyncio.Future[ReplyMessage]) -> None:
+        """Ends the lease of an answer that was made in the same turn of the loop as its call was cancelled."""
+        if not future.done() or future.cancelled() or future.exception() is not None:
+            return
+        reply = future.result()
+        unwanted: Request | None = None
+        if isinstance(reply, Matched) and reply.lease is not None:
+            unwanted = ReleaseRequest(lease_ids=(reply.lease.id,))
+        elif isinstance(reply, Reserved) and reply.lease is not None:
+            unwanted = AbortRequest(lease_id=reply.lease.id)
+        if unwanted is not None:
+            self._shell.request(self._session.id, NO_ANSWER, unwanted)
 
     def _capability(self, lease_id: LeaseId) -> bytes:
         data = b"%d:%d" % (self._shell.state.epoch, lease_id)

@@ -39,6 +39,8 @@ def check_request(request: Request, session: Session, limits: NodeLimits) -> Non
                 return
             _check_namespaces(request.namespaces, limits)
             _check_num_keys(len(request.keys), limits)
+            num_blocks = len(request.keys) * len(request.namespaces)
+            _check_count(num_blocks, limits.max_match_blocks, "blocks (keys times namespaces)")
             if request.wait_blocks > len(request.keys):
                 raise BadRequest(
                     f"wait_blocks is {request.wait_blocks}, but there are {len(request.keys)} keys"

@@ -1,0 +1,72 @@
+"""Both clients under one face, so that one test holds for each: the asyncio one runs on a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+
+import numpy as np
+
+from snowskin.kvstore.blocks import KeyColumn
+from snowskin.kvstore.client.blocking import BlockingStoreClient
+from snowskin.kvstore.client.store import StoreClient
+
+DRIVERS = ("asyncio", "blocking")
+WAYS = ("door", "address")
+
+
+class LoopedClient:
+    """`StoreClient` with calls that return when they are done, what they told included."""
+
+    def __init__(self, runner: asyncio.Runner, client: StoreClient) -> None:
+        self._runner = runner
+        self._client = client
+
+    def __getattr__(self, name):
+        value = getattr(self._client, name)
+        if not asyncio.iscoroutinefunction(value):
+            return value
+
+        def call(**arguments):
+            return self._runner.run(self._to_the_end(value(**arguments)))
+
+        return call
+
+    async def _to_the_end(self, coroutine):
+        try:
+            return await coroutine
+        finally:
+            telling = getattr(self._client._connection, "_telling", None)
+            if telling:
+                await asyncio.wait(telling)
+
+
+@contextmanager
+def connected(driver, address, *, client_name="client", **arguments):
+    """A client of either driver, closed at the end."""
+    if driver == "blocking":
+        with BlockingStoreClient.connect(address, client_name=client_name, **arguments) as client:
+            yield client
+        return
+    with asyncio.Runner() as runner:
+        client = runner.run(StoreClient.connect(address, client_name=client_name, **arguments))
+        try:
+            yield LoopedClient(runner, client)
+        finally:
+            runner.run(client.close())
+
+
+def keys_of(seed: int, num_keys: int, *, width: int = 32) -> KeyColumn:
+    """Different seeds give different keys."""
+    packed = np.random.default_rng(seed).bytes(num_keys * width)
+    return KeyColumn(packed=packed, width=width)
+
+
+def namespace_of(seed: int) -> bytes:
+    """32 bytes that no other seed has."""
+    return seed.to_bytes(32, "big")
+
+
+def noise(seed: int, nbytes: int) -> np.ndarray:
+    """Bytes that are no other seed's."""
+    return np.random.default_rng([seed, 7]).integers(0, 256, nbytes, dtype=np.uint8)
