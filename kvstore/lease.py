@@ -50,7 +50,7 @@ class LeaseTable(Generic[HoldT]):
             grace_s: seconds between a lease's end and the reuse of what it protected.
             max_life_s: longest life with all renewals.
         """
-        self._max_ttl_s = max_ttl_s
+        self._max_ttl_s = min(max_ttl_s, max_life_s)
         self._grace_s = grace_s
         self._max_life_s = max_life_s
         self._leases: dict[LeaseId, GrantedLease[HoldT]] = {}
@@ -84,6 +84,10 @@ class LeaseTable(Generic[HoldT]):
     def of_session(self, session_id: SessionId) -> list[GrantedLease[HoldT]]:
         """The leases that one session holds."""
         return list(self._by_session.get(session_id, {}).values())
+
+    def num_of_session(self, session_id: SessionId) -> int:
+        """How many leases one session holds."""
+        return len(self._by_session.get(session_id, ()))
 
     def renew(self, lease_id: LeaseId, *, ttl_s: float, now_s: float) -> float:
         """Seconds of life from now on; 0 where the lease is gone or over."""

@@ -47,6 +47,7 @@ class BlockEntry:
     segment: PlacedSegment
     offset: int
     checksum: bytes
+    parent_id: BlockId | None = None
     one_reader: bool = False
     is_taken: bool = False
 

@@ -123,7 +123,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
 
 
 async def _drain(shell: NodeShell, drain_s: float) -> None:
-    shell.state.draining = True
+    shell.drain()
     deadline_s = shell.clock.now_s() + drain_s
     # A look every 20 ms, once in the node's life: not worth a hook in the state machine.
     while not shell.state.is_idle() and shell.clock.now_s() < deadline_s:  # noqa: ASYNC110

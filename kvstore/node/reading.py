@@ -110,8 +110,10 @@ class Reading:
         """Answers now, or lets the call wait for more blocks."""
         shards, missing = self._find(session, request)
         num_blocks = len(shards[0])
-        if num_blocks >= request.wait_blocks or missing is None or request.timeout_s <= 0:
+        if num_blocks >= request.wait_blocks or missing is None:
             return [self._answer(session, call_id, request, shards, WakeReason.SATISFIED, now_s)]
+        if request.timeout_s <= 0:
+            return [self._answer(session, call_id, request, shards, WakeReason.TIMEOUT, now_s)]
         if len(self.waiting) >= self._limits.max_waiting:
             raise LimitExceeded(f"{len(self.waiting)} matches wait already", hint="retry later")
         deadline_s = now_s + min(request.timeout_s, self._limits.max_timeout_s)

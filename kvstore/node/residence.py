@@ -1,13 +1,15 @@
 """What lies where on one node: pools, index and eviction order, changed together.
 
 Rules kept here: a block's bytes are freed only when no lease covers its segment, whatever took the block out of the
-index. Room is made by evicting leaves of the prefix tree, least recently used first, and only when evicting can
-make enough: a call that cannot be served evicts nothing.
+index. Room is made by evicting leaves of the prefix tree, least recently used first, and only when that many bytes
+can be had: a call that cannot be served evicts nothing. (Where leases and several block sizes leave holes that are
+all too small, enough bytes may not be enough room; what was evicted then stays free.)
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.index.block_index import BlockEntry, BlockId, BlockIndex, PlacedSegment, Scope
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 TAIL_NAMESPACE = b""
 """Scope of the tails: no real namespace is empty. Its keys are request ids."""
+
+ByteRange = tuple[int, int, int]
+"""Pool, offset, number of bytes."""
 
 
 class Residence:
@@ -73,25 +78,38 @@ class Residence:
         self, pool: Pool, num_blocks: int, block_nbytes: int, near_offset: int | None
     ) -> list[tuple[int, int]] | None:
         need_nbytes = num_blocks * block_nbytes
-        evictable_nbytes = pool.used_nbytes(Use.COMMITTED) - pool.leased_nbytes
-        if pool.free_nbytes + evictable_nbytes < need_nbytes:
+        # Too high a bound, but cheap: it counts blocks for one reader, and the prefixes of leased blocks.
+        bound_nbytes = pool.used_nbytes(Use.COMMITTED) - pool.leased_nbytes
+        if pool.free_nbytes + bound_nbytes < need_nbytes:
             return None
+        chosen: list[BlockEntry] = []
+        chosen_nbytes = 0
         for block_id in self._eviction.victims():
             entry = self.index.entry(block_id)
             assert entry is not None, "the eviction policy named a block that is not in the index"
             if entry.segment.num_leases or entry.segment.pool_id != pool.id:
                 continue
-            self.remove(entry)
-            self.counters["blocks_evicted"] += 1
-            if pool.free_nbytes >= need_nbytes:
-                pieces = pool.place(
-                    num_blocks,
-                    block_nbytes,
-                    near=near_offset,
-                    max_extent_nbytes=self._max_extent_nbytes,
-                )
-                if pieces is not None:
-                    return pieces
+            # Gone for the policy, so that it offers the prefix; the bytes go when there are enough.
+            self._eviction.on_remove(block_id)
+            chosen.append(entry)
+            chosen_nbytes += entry.segment.block_nbytes
+            if pool.free_nbytes + chosen_nbytes < need_nbytes:
+                continue
+            for victim in chosen:
+                self.index.remove(victim)
+                self._free_committed(victim.segment, victim.offset)
+            self.counters["blocks_evicted"] += len(chosen)
+            chosen, chosen_nbytes = [], 0
+            pieces = pool.place(
+                num_blocks,
+                block_nbytes,
+                near=near_offset,
+                max_extent_nbytes=self._max_extent_nbytes,
+            )
+            if pieces is not None:
+                return pieces
+        for entry in chosen:  # in vain: they stay, and leave in the same order another time
+            self._eviction.on_insert(entry.id, entry.parent_id)
         return None
 
     def commit(
@@ -130,6 +148,7 @@ class Residence:
             segment=segment,
             offset=offset,
             checksum=checksum,
+            parent_id=(scope.number, parent_key) if parent_key else None,
             one_reader=one_reader,
         )
         self.index.insert(scope, entry)
@@ -139,7 +158,7 @@ class Residence:
             pool.leased_nbytes += segment.block_nbytes
         if not entry.one_reader:
             # A block for one reader leaves with that reader; evicting it sooner would only cost a recomputation.
-            self._eviction.on_insert(entry.id, (scope.number, parent_key) if parent_key else None)
+            self._eviction.on_insert(entry.id, entry.parent_id)
         self.counters["blocks_committed"] += 1
         return entry
 
@@ -208,12 +227,36 @@ class Residence:
         pool = self.pools[segment.pool_id]
         pool.change(num_blocks * segment.block_nbytes, Use.RESERVED, Use.QUARANTINED)
 
-    def check(self) -> None:
-        """Asserts that index, segments and books agree; for tests."""
+    def check(self, num_leases: Counter[PlacedSegment], reserved: Iterable[ByteRange]) -> None:
+        """Asserts that index, segments and books agree; for tests.
+
+        Args:
+            num_leases: over each segment, counted from the leases themselves.
+            reserved: byte ranges that are reserved or quarantined.
+        """
+        taken: list[ByteRange] = list(reserved)
         committed: Counter[int] = Counter()
+        leased: Counter[int] = Counter()
+        num_evictable = 0
         for entry in self.index:
-            committed[entry.segment.pool_id] += entry.segment.block_nbytes
-            assert entry.segment.num_committed > 0
+            segment = entry.segment
+            taken.append((segment.pool_id, entry.offset, segment.block_nbytes))
+            committed[segment.pool_id] += segment.block_nbytes
+            num_evictable += not entry.one_reader
+            assert segment.num_leases == num_leases[segment], "leases over a segment are miscounted"
+            assert segment.num_leases or not segment.doomed, "doomed bytes outlived the last lease"
+        for segment in num_leases:
+            for offset, nbytes in segment.doomed:
+                taken.append((segment.pool_id, offset, nbytes))
+                committed[segment.pool_id] += nbytes
+            leased[segment.pool_id] += segment.num_committed * segment.block_nbytes
+        assert len(self._eviction) == num_evictable, "index and eviction policy disagree"
+        taken.sort()
+        for (pool_id, offset, nbytes), (next_pool_id, next_offset, _) in pairwise(taken):
+            assert (pool_id, offset + nbytes) <= (next_pool_id, next_offset), "two blocks overlap"
         for pool in self.pools.values():
             pool.check()
-            assert committed[pool.id] <= pool.used_nbytes(Use.COMMITTED)
+            assert committed[pool.id] == pool.used_nbytes(Use.COMMITTED)
+            assert leased[pool.id] == pool.leased_nbytes
+            used_nbytes = sum(nbytes for pool_id, _, nbytes in taken if pool_id == pool.id)
+            assert used_nbytes + pool.free_nbytes == pool.capacity_nbytes, "bytes belong to nobody"

@@ -75,7 +75,11 @@ class NodeShell:
 
     def cancel(self, session_id: SessionId, call_id: int) -> None:
         """Nobody waits for this call any more."""
-        self.state.cancel(session_id, call_id)
+        self._carry_out(self.state.cancel(session_id, call_id, self.clock.now_s()))
+
+    def drain(self) -> None:
+        """Grants no new leases from now on."""
+        self._carry_out(self.state.drain())
 
     def greeting(self, session: Session) -> Greeting:
         """What a session on the local door is told; the descriptors go beside it, in the same order."""

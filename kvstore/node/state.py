@@ -15,7 +15,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.errors import BadRequest, NodeDraining, PoolExhausted, SessionEnded
+from snowskin.kvstore.errors import (
+    BadRequest,
+    LimitExceeded,
+    NodeDraining,
+    PoolExhausted,
+    SessionEnded,
+)
 from snowskin.kvstore.messages import (
     AbortRequest,
     CommitRequest,
@@ -45,10 +51,10 @@ from snowskin.kvstore.session import DEFAULT_TENANT, Session, SessionTable
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from snowskin.kvstore.eviction.api import EvictionPolicy
-    from snowskin.kvstore.index.block_index import BlockEntry, BlockId
+    from snowskin.kvstore.index.block_index import BlockEntry, BlockId, PlacedSegment
 
 MIN_RETRY_S = 0.05
 
@@ -141,7 +147,7 @@ class NodeState:
     ) -> list[Effect]:
         match request:
             case MatchRequest():
-                self._check_not_draining()
+                self._check_may_lease(session)
                 return self._reading.match(session, call_id, request, now_s)
             case ReleaseRequest():
                 reply = Reply(session.id, call_id, self._reading.release(session, request, now_s))
@@ -149,7 +155,7 @@ class NodeState:
                     return [reply]
                 return [reply, *self._writing.serve_waiting(now_s)]
             case ReserveRequest():
-                self._check_not_draining()
+                self._check_may_lease(session)
                 return self._writing.reserve(session, call_id, request, now_s)
             case CommitRequest():
                 return self._settle(self._writing.commit(session, call_id, request, now_s), now_s)
@@ -163,16 +169,39 @@ class NodeState:
                 return [Reply(session.id, call_id, self.stat())]
         raise BadRequest(f"a {type(request).__name__} is not a request to a node")
 
-    def cancel(self, session_id: SessionId, call_id: int) -> None:
-        """Nobody waits for this call's answer any more; without effect where it was answered."""
+    def cancel(self, session_id: SessionId, call_id: int, now_s: float) -> list[Effect]:
+        """Nobody waits for this call's answer any more; those who queued behind it may be served."""
         for room in (self._reading.waiting, self._writing.waiting):
             for call in room.of_session(session_id):
                 if call.call_id == call_id:
                     room.remove(call)
+        return self._writing.serve_waiting(now_s)
 
-    def _check_not_draining(self) -> None:
+    def drain(self) -> list[Effect]:
+        """Grants no new leases from now on; whoever waits for one is told."""
+        self.draining = True
+        effects: list[Effect] = []
+        for room in (self._reading.waiting, self._writing.waiting):
+            for call in room:
+                room.remove(call)
+                effects.append(Fail(call.session_id, call.call_id, self._is_draining()))
+        return effects
+
+    def _is_draining(self) -> NodeDraining:
+        return NodeDraining(f"node {self.node_id} is draining", hint="use another node")
+
+    def _check_may_lease(self, session: Session) -> None:
         if self.draining:
-            raise NodeDraining(f"node {self.node_id} is draining", hint="use another node")
+            raise self._is_draining()
+        num_leases = sum(
+            table.num_of_session(session.id)
+            for table in (self._reading.leases, self._writing.leases)
+        )
+        if num_leases >= self.limits.max_leases_per_session:
+            raise LimitExceeded(
+                f"session of {session.client_name!r} holds {num_leases} leases",
+                hint="release what was read, or raise the limit",
+            )
 
     def _settle(self, outcome: Outcome, now_s: float) -> list[Effect]:
         """The writers' side changed: tell those whom it concerns."""
@@ -247,7 +276,12 @@ class NodeState:
 
     def check(self) -> None:
         """Asserts that the books agree; for tests."""
-        self.residence.check()
+        num_leases: Counter[PlacedSegment] = Counter()
+        for read in self._reading.leases:
+            num_leases.update(read.hold.segments)
+        for write in self._writing.leases:
+            num_leases.update(write.hold.parents)
+        self.residence.check(num_leases, self._writing.reserved_ranges())
         self._writing.check()
 
     def _next_lease_id(self) -> LeaseId:
@@ -259,14 +293,11 @@ class NodeState:
         pool = self.residence.pool_of(session.tenant)
         held: Counter[SessionId] = Counter()
         soonest_s = self.limits.write_lease_s
-        for write in self._writing.leases:
-            held[write.session_id] += sum(b.segment.block_nbytes for b in write.hold.left)
-            soonest_s = min(soonest_s, write.expires_at_s - now_s)
-        for read in self._reading.leases:
-            held[read.session_id] += sum(
-                s.num_committed * s.block_nbytes for s in read.hold.segments
-            )
-            soonest_s = min(soonest_s, read.expires_at_s - now_s)
+        for session_id, nbytes, expires_at_s in self._holdings(pool):
+            if nbytes:
+                held[session_id] += nbytes
+                if expires_at_s > now_s:  # one that is over holds on to a quarantine: no promise
+                    soonest_s = min(soonest_s, expires_at_s - now_s)
         names = {s.id: s.client_name for s in self.sessions}
         holders = ", ".join(
             f"{names.get(session_id, session_id)} {nbytes} bytes"
@@ -282,6 +313,22 @@ class NodeState:
             hint="retry when leases have ended, or raise dram_nbytes",
             retry_after_s=max(MIN_RETRY_S, soonest_s),
         )
+
+    def _holdings(self, pool: Pool) -> Iterator[tuple[SessionId, int, float]]:
+        """(holder, bytes, end of the lease) of what cannot be evicted from `pool`."""
+        for write in self._writing.leases:
+            segments = [block.segment for block in write.hold.left]
+            nbytes = sum(s.block_nbytes for s in segments if s.pool_id == pool.id)
+            yield write.session_id, nbytes, write.expires_at_s
+        for read in self._reading.leases:
+            nbytes = sum(
+                s.num_committed * s.block_nbytes for s in read.hold.segments if s.pool_id == pool.id
+            )
+            yield read.session_id, nbytes, read.expires_at_s
+        for unread in self._writing.unread:
+            segment = unread.hold.segment
+            if segment.pool_id == pool.id and self.residence.is_here(unread.hold):
+                yield unread.session_id, segment.block_nbytes, unread.expires_at_s
 
 
 def _pool_stat(pool: Pool) -> PoolStat:

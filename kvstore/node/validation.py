@@ -93,8 +93,14 @@ def _check_reserve(request: ReserveRequest, session: Session, limits: NodeLimits
         raise BadRequest(
             f"the parent key has {len(request.parent_key)} bytes, the column's keys {request.keys.width}"
         )
-    if len(set(request.keys)) != len(request.keys):
+    keys = set(request.keys)
+    if len(keys) != len(request.keys):
         raise BadRequest("a key stands twice in the column", hint="send each block once")
+    if request.parent_key in keys:
+        # A block that is its own ancestor would never be a leaf, and never leave.
+        raise BadRequest(
+            "the parent key stands in the column too", hint="send the key before the first"
+        )
 
 
 def _check_tail_id(request_id: str) -> None:

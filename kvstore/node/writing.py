@@ -33,13 +33,13 @@ from snowskin.kvstore.messages import (
     ReserveRequest,
     Run,
 )
-from snowskin.kvstore.node.residence import TAIL_NAMESPACE
+from snowskin.kvstore.node.residence import TAIL_NAMESPACE, ByteRange
 from snowskin.kvstore.node.waiting import WaitingCall, WaitingRoom, WaitKey
 from snowskin.kvstore.pool.pool import Use
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from snowskin.kvstore.index.block_index import BlockEntry, PlacedSegment, Scope
     from snowskin.kvstore.messages import (
@@ -131,7 +131,7 @@ class Writing:
             max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
         )
         # A block for one reader that nobody fetched goes when this lease of its own runs out.
-        self._unread: LeaseTable[BlockEntry] = LeaseTable(
+        self.unread: LeaseTable[BlockEntry] = LeaseTable(
             max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
         )
         self.waiting = WaitingRoom()
@@ -144,8 +144,9 @@ class Writing:
     ) -> list[Effect]:
         """Answers now, or queues the call."""
         self._check_fits(session, request)
-        # Nobody overtakes those who queue.
-        reserved = None if len(self.waiting) else self._try_reserve(session, request, now_s)
+        # Nobody overtakes those who queue for the same pool.
+        is_first = not any(self._session_of(c).tenant == session.tenant for c in self.waiting)
+        reserved = self._try_reserve(session, request, now_s, may_place=is_first)
         if reserved is not None:
             return [Reply(session.id, call_id, reserved)]
         if request.timeout_s <= 0:
@@ -161,10 +162,12 @@ class Writing:
     def serve_waiting(self, now_s: float) -> list[Effect]:
         """Room may have come free: whoever came first gets it first."""
         effects: list[Effect] = []
-        while (call := self.waiting.first()) is not None:
-            session = self._sessions.get(call.session_id)
-            assert session is not None, "a waiting call outlived its session"
+        full: set[str] = set()  # tenants whose first in the queue must wait on
+        for call in self.waiting:
+            session = self._session_of(call)
             assert isinstance(call.request, ReserveRequest)
+            if session.tenant in full:
+                continue
             try:
                 reserved = self._try_reserve(session, call.request, now_s)
             except SnowskinError as error:
@@ -172,7 +175,8 @@ class Writing:
                 effects.append(Fail(call.session_id, call.call_id, error))
                 continue
             if reserved is None:
-                break
+                full.add(session.tenant)
+                continue
             self.waiting.remove(call)
             effects.append(Reply(call.session_id, call.call_id, reserved))
         return effects
@@ -182,12 +186,15 @@ class Writing:
         effects: list[Effect] = []
         for call in self.waiting.overdue(now_s):
             self.waiting.remove(call)
-            session = self._sessions.get(call.session_id)
-            assert session is not None, "a waiting call outlived its session"
             assert isinstance(call.request, ReserveRequest)
-            error = self._exhausted(session, call.request, now_s)
+            error = self._exhausted(self._session_of(call), call.request, now_s)
             effects.append(Fail(call.session_id, call.call_id, error))
         return [*effects, *self.serve_waiting(now_s)] if effects else []
+
+    def _session_of(self, call: WaitingCall) -> Session:
+        session = self._sessions.get(call.session_id)
+        assert session is not None, "a waiting call outlived its session"
+        return session
 
     def _check_fits(self, session: Session, request: ReserveRequest) -> None:
         pool = self._residence.pool_of(session.tenant)
@@ -204,43 +211,39 @@ class Writing:
                 f"({pool.capacity_nbytes})",
                 hint="reserve chunk by chunk, or raise dram_nbytes",
             )
-        scope = self._residence.index.scope(session.tenant, request.namespace)
-        if request.tail is None and scope is not None and scope.block_nbytes != block_nbytes:
-            raise NamespaceMismatch(
-                f"blocks of this namespace have {scope.block_nbytes} bytes, not {block_nbytes}",
-                hint="two layouts must have two namespaces",
-            )
 
     def _try_reserve(
-        self, session: Session, request: ReserveRequest, now_s: float
+        self, session: Session, request: ReserveRequest, now_s: float, *, may_place: bool = True
     ) -> Reserved | None:
-        """The reservation, or None while there is no room."""
-        index = self._residence.index
+        """The reservation, or None while there is no room (or, without `may_place`, where it needs some)."""
+        tail = request.tail
+        namespace = TAIL_NAMESPACE if tail else request.namespace
+        block_nbytes = tail.nbytes if tail else request.block_nbytes
+        scope = self._residence.index.scope(session.tenant, namespace)
+        blocks = scope.blocks if scope else {}
         known: list[BlockEntry] = []
-        if request.tail is not None:
-            block_nbytes = request.tail.nbytes
-            scope = index.open_scope(session.tenant, TAIL_NAMESPACE, 0)
-            missing = [(0, request.tail.request_id.encode(), b"")]
-            if missing[0][1] in scope.blocks:
-                raise BadRequest(
-                    f"a tail of request {request.tail.request_id!r} is here already",
-                    hint="one tail a request; use a new id for a retry",
-                )
+        if tail is not None:
+            missing = _missing_tail(blocks, tail.request_id)
         else:
-            block_nbytes = request.block_nbytes
-            scope = index.open_scope(session.tenant, request.namespace, block_nbytes)
-            missing, known = _missing_and_known(scope, request)
+            # Not when it arrived: whoever was before it in the queue may have opened the namespace.
+            _check_block_size(scope, block_nbytes)
+            missing, known = _missing_and_known(blocks, request)
         if not missing:
             return Reserved(lease=None, runs=())
+        if not may_place:
+            return None
         parents = list({id(entry.segment): entry.segment for entry in known}.values())
-        near = scope.blocks.get(missing[0][2])
+        near = blocks.get(missing[0][2])
         # Named parents must survive the eviction that makes room for their children.
         self._residence.lease(parents)
         segments = self._residence.reserve(session.tenant, len(missing), block_nbytes, near=near)
         if segments is None:
             self._residence.unlease(parents)
             return None
-        one_reader = request.one_reader or request.tail is not None
+        scope = self._residence.index.open_scope(
+            session.tenant, namespace, 0 if tail else block_nbytes
+        )
+        one_reader = request.one_reader or tail is not None
         hold = WriteHold(scope, _lay_out(missing, segments), parents, one_reader)
         lease = self.leases.grant(
             self._next_lease_id(), session.id, hold, ttl_s=request.ttl_s, now_s=now_s
@@ -325,7 +328,7 @@ class Writing:
         if entry is None:
             return False
         if entry.one_reader:
-            self._unread.grant(self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s)
+            self.unread.grant(self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s)
         return True
 
     def abort(self, session: Session, call_id: int, request: AbortRequest) -> Outcome:
@@ -343,7 +346,7 @@ class Writing:
             self.waiting.remove(call)
         for lease in self.leases.of_session(session_id):
             self._end(lease, outcome)
-        for unread in self._unread.of_session(session_id):
+        for unread in self.unread.of_session(session_id):
             self._drop_unread(unread)
         return outcome
 
@@ -352,7 +355,7 @@ class Writing:
         outcome = Outcome()
         for lease in self.leases.expired(now_s):
             self._fence(lease, outcome)
-        for unread in self._unread.expired(now_s):
+        for unread in self.unread.expired(now_s):
             self._drop_unread(unread)
             outcome.may_have_freed = True
         return outcome
@@ -361,7 +364,7 @@ class Writing:
         """When something here can run out."""
         return [
             self.leases.next_check_s(),
-            self._unread.next_check_s(),
+            self.unread.next_check_s(),
             self.waiting.next_deadline_s(),
         ]
 
@@ -376,14 +379,28 @@ class Writing:
 
     def check(self) -> None:
         """Asserts that the leases cover what is reserved or quarantined; for tests."""
-        covered = sum(
-            block.segment.block_nbytes for lease in self.leases for block in lease.hold.left
+        for use in (Use.RESERVED, Use.QUARANTINED):
+            covered = sum(
+                block.segment.block_nbytes
+                for lease in self.leases
+                for block in lease.hold.left
+                if lease.hold.use is use
+            )
+            held = sum(pool.used_nbytes(use) for pool in self._residence.pools.values())
+            assert covered == held, f"{held} bytes are {use.value}, but leases cover {covered}"
+        reserved = Counter(
+            lease.hold.at(block)
+            for lease in self.leases
+            for block in lease.hold.left
+            if lease.hold.use is Use.RESERVED
         )
-        held = sum(
-            pool.used_nbytes(Use.RESERVED) + pool.used_nbytes(Use.QUARANTINED)
-            for pool in self._residence.pools.values()
-        )
-        assert covered == held, f"{held} bytes are reserved, but leases cover {covered}"
+        assert reserved == self._reserved, "who reserves which block is miscounted"
+
+    def reserved_ranges(self) -> Iterator[ByteRange]:
+        """Bytes that are reserved or quarantined."""
+        for lease in self.leases:
+            for block in lease.hold.left:
+                yield block.segment.pool_id, block.offset, block.segment.block_nbytes
 
     def _own(self, session: Session, lease_id: LeaseId) -> WriteLease:
         lease = self.leases.get(lease_id)
@@ -433,22 +450,40 @@ class Writing:
                 outcome.gone.append(at)
 
     def _drop_unread(self, unread: GrantedLease[BlockEntry]) -> None:
-        self._unread.end(unread.id)
+        self.unread.end(unread.id)
         if self._residence.is_here(unread.hold):  # a reader's lease over it still keeps its bytes
             self._residence.remove(unread.hold)
 
 
+def _check_block_size(scope: Scope | None, block_nbytes: int) -> None:
+    if scope is not None and scope.block_nbytes != block_nbytes:
+        raise NamespaceMismatch(
+            f"blocks of this namespace have {scope.block_nbytes} bytes, not {block_nbytes}",
+            hint="two layouts must have two namespaces",
+        )
+
+
+def _missing_tail(blocks: dict[bytes, BlockEntry], request_id: str) -> list[MissingBlock]:
+    key = request_id.encode()
+    if key in blocks:
+        raise BadRequest(
+            f"a tail of request {request_id!r} is here already",
+            hint="one tail a request; use a new id for a retry",
+        )
+    return [(0, key, b"")]
+
+
 def _missing_and_known(
-    scope: Scope, request: ReserveRequest
+    blocks: dict[bytes, BlockEntry], request: ReserveRequest
 ) -> tuple[list[MissingBlock], list[BlockEntry]]:
     """The blocks to write, and the entries of those (and of the parent) that are here."""
     missing: list[MissingBlock] = []
     known = []
     parent_key = request.parent_key
-    if (parent := scope.blocks.get(parent_key)) is not None:
+    if (parent := blocks.get(parent_key)) is not None:
         known.append(parent)
     for index, key in enumerate(request.keys):
-        if (entry := scope.blocks.get(key)) is None:
+        if (entry := blocks.get(key)) is None:
             missing.append((index, key, parent_key))
         else:
             known.append(entry)
