@@ -133,7 +133,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             _fail(step)
             if step == "hang":
                 await asyncio.Event().wait()
-            handoff = (await anext(requests)).handoff
+            message = await anext(requests, None)
+            if message is None:  # the caller has gone away
+                return
+            handoff = message.handoff
             tokens = [*tokens_of(start.prompt), handoff.first_token_id]
             what, _, after = step.partition(" after ")
             num_left = int(after) if after else -1

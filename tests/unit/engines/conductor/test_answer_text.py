@@ -41,6 +41,11 @@ def test_what_may_begin_a_stop_is_held_back_and_nothing_else_is():
     assert matcher.push("x") == matcher.flush() == ""
 
 
+def test_of_two_stops_the_one_that_is_completed_first_ends_the_text():
+    assert emitted(["abb", "b"], ["abb"]) == ("a", True)
+    assert emitted(["abb", "bb"], ["abb"]) == ("", True)
+
+
 def test_without_stops_everything_passes_at_once():
     matcher = StopMatcher([])
     assert [matcher.push("a"), matcher.push("b"), matcher.flush()] == ["a", "b", ""]
