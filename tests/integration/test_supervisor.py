@@ -139,13 +139,18 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_its_drain_time():
 
 
 async def test_hurry_turns_a_drain_that_is_under_way_into_a_kill():
-    loop = asyncio.get_running_loop()
-    async with supervised(toy_spec("stubborn", drain_s=600.0)) as (process, _):
+    hurry = asyncio.get_running_loop().create_future()
+
+    def on_line(line):
+        if line == "toy ignores SIGTERM":
+            hurry.set_result(None)
+
+    spec = toy_spec("stubborn", drain_s=600.0, forward=on_line)
+    async with supervised(spec) as (process, _):
         await process.start()
-        hurry = loop.create_future()
-        loop.call_soon(hurry.set_result, None)
         async with asyncio.timeout(TIMEOUT_S):
             await process.stop(hurry=hurry)
+    assert hurry.done()
 
 
 async def test_a_stopped_child_is_continued_so_that_it_can_drain(tmp_path):
@@ -195,6 +200,21 @@ async def test_lines_are_forwarded_whole_also_the_last_one_without_an_end():
     assert "".join(lines) == "a" * 100_000 + "last"
     assert lines[-1] == "last"
     assert child.tail()[-1] == "last"
+
+
+async def test_a_grandchild_that_keeps_the_pipe_open_holds_nothing_up():
+    script = "import os, time; print('said', flush=True); os.fork() or time.sleep(0.5)"
+    lines: list[str] = []
+    child = Child(
+        "toy-0",
+        [sys.executable, "-S", "-E", "-c", script],
+        environment=os.environ,
+        log_path=None,
+        forward=lines.append,
+    )
+    async with asyncio.timeout(TIMEOUT_S):
+        assert await child.exited == 0
+    assert lines == ["said"]  # the leak guard sees to the descriptors
 
 
 def test_children_die_with_a_supervisor_that_is_killed():

@@ -41,7 +41,9 @@ def main() -> int:
         return 4
     while True:
         number = signal.sigwait(signals)
-        if arguments.mode != "stubborn":
+        if arguments.mode == "stubborn":
+            print(f"toy ignores {signal.Signals(number).name}", flush=True)
+        else:
             print(f"toy ends by {signal.Signals(number).name}", flush=True)
             return 0
 

@@ -84,9 +84,7 @@ class _Collector:
     def answer(self, began_s: float) -> Answer:
         """The whole, once the stream has ended; RequestFailed where it is not whole."""
         if self._error or not self._is_done:
-            raise RequestFailed(
-                self._error or "the stream ended before [DONE]", hint="see the logs"
-            )
+            raise RequestFailed(self._error or "the stream ended before [DONE]")
         if not self._arrived_s or not self._finish_reason:
             raise RequestFailed("the stream ended without a token or without a finish reason")
         details = self._usage.get("prompt_tokens_details") or {}
@@ -149,7 +147,7 @@ async def stream_chat(
                 if line.startswith(_DATA):
                     collector.add(line[len(_DATA) :].strip(), time.monotonic())
     except httpx.HTTPError as error:
-        raise RequestFailed(f"the connection broke: {error!r}", hint="see the logs") from error
+        raise RequestFailed(f"the connection broke: {error!r}") from error
     return collector.answer(began_s)
 
 

@@ -35,6 +35,7 @@ from snowskin.tools.cluster.demo_inputs import (
     read_document,
 )
 from snowskin.tools.cluster.demo_report import Turn, make_report, ratio_line, requests_table
+from snowskin.tools.cluster.errors import RequestFailed
 from snowskin.tools.cluster.interrupts import Interrupted, run_interruptible
 from snowskin.tools.cluster.local import LocalCluster
 from snowskin.tools.cluster.up_settings import UpSettings
@@ -255,7 +256,13 @@ async def _demo(settings: DemoSettings) -> int:
             f"{process.name} (pid {process.pid})" for process in cluster.processes.values()
         )
         screen.step(f"ready: {facts}")
-        conversation = await _converse(settings, screen, cluster, first_message(document))
+        try:
+            conversation = await _converse(settings, screen, cluster, first_message(document))
+        except RequestFailed:
+            for process in cluster.processes.values():  # their logs go with the cluster
+                for line in process.tail():
+                    screen.line(f"{process.name}: {line}")
+            raise
         screen.step("stopping the cluster")
     screen.step("the same prompts through the model in one piece")
     compared = await _in_thread(

@@ -167,6 +167,10 @@ class Supervised:
         await self._became("failed")
         self._on_failure(self, error)
 
+    def tail(self) -> list[str]:
+        """The last lines of the child's output."""
+        return self._child.tail() if self._child is not None else []
+
     def send(self, number: signal.Signals) -> None:
         """Sends a signal to the run under way, if there is one."""
         if self._child is not None:
