@@ -5,11 +5,10 @@ what cannot work (model, settings, port) ends the start with one clear error; wh
 (node, conductor) never does. A drain refuses new requests and lets running ones finish.
 """
 
-
-
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import secrets
@@ -136,8 +135,8 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
     config = ModelConfig.from_directory(settings.model)  # before torch: this fails fast
     _set_threads(_num_threads(settings))
 
-    async def connect() -> StoreClient:
-        return await StoreClient.connect(settings.node, client_name=instance_id, verify=verify)
+    async def connect(address: str) -> StoreClient:
+        return await StoreClient.connect(address, client_name=instance_id, verify=verify)
 
     from snowskin.engines.service import SERVICE_NAME, EngineService
     from snowskin.v1 import engine_pb2_grpc
@@ -191,13 +190,14 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
 async def _open_engine(
     settings: EngineSettings,
     config: ModelConfig,
-    connect: Callable[[], Awaitable[StoreClient]],
+    connect: Callable[[str], Awaitable[StoreClient]],
     stack: AsyncExitStack,
 ) -> _Engine:
     """Loads the model and makes the instance; `stack` closes what it opened."""
     from snowskin.engines.decode import DecodeInstance
     from snowskin.engines.limits import EngineLimits
     from snowskin.engines.link import StoreLink
+    from snowskin.engines.nodes import NodeLinks
     from snowskin.engines.prefill import PrefillInstance
     from snowskin.engines.runner import ModelRunner
 
@@ -229,17 +229,23 @@ async def _open_engine(
         publish_timeout_s=settings.publish_timeout_s,
     )
     runner = await stack.enter_async_context(ModelRunner(model, memory))
-    link = StoreLink(
-        connect,
-        memory.host_view(),
-        namespace=layout.namespace,
-        block_nbytes=memory.block_nbytes,
-    )
+
+    def link_to(address: str) -> StoreLink:
+        return StoreLink(
+            functools.partial(connect, address),
+            memory.host_view(),
+            namespace=layout.namespace,
+            block_nbytes=memory.block_nbytes,
+        )
+
+    link = link_to(settings.node)
+    nodes = NodeLinks(link, own_address=settings.node_address, link_to=link_to)
+    stack.push_async_callback(nodes.close)
     engine = _Engine(runner=runner, link=link, limits=limits, layout=layout)
     if settings.role == "prefill":
-        engine.prefill = PrefillInstance(runner, link, limits, node_address=settings.node_address)
+        engine.prefill = PrefillInstance(runner, nodes, limits)
     else:
-        engine.decode = DecodeInstance(runner, link, limits)
+        engine.decode = DecodeInstance(runner, nodes, limits)
     await _warm_up(engine, memory.num_blocks * settings.block_size)
     log.info(
         "model loaded",

@@ -41,6 +41,7 @@ from snowskin.transport.errors import SnowskinError
 if TYPE_CHECKING:
     from snowskin.engines.limits import EngineLimits
     from snowskin.engines.link import StoreLink
+    from snowskin.engines.nodes import NodeLinks
     from snowskin.engines.runner import ModelRunner, Step
     from snowskin.kvstore.client.machine import Pulled
 
@@ -79,14 +80,14 @@ class DecodeInstance:
         meter: what is measured on the way.
     """
 
-    def __init__(self, runner: ModelRunner, link: StoreLink, limits: EngineLimits) -> None:
+    def __init__(self, runner: ModelRunner, nodes: NodeLinks, limits: EngineLimits) -> None:
         """One batch over one KV memory."""
         self.draining = False
         self.num_pull_failures = 0
         self.num_publish_failures = 0
         self.meter = Meter()
         self._runner = runner
-        self._link = link
+        self._nodes = nodes
         self._limits = limits
         self._room = KvRoom(
             runner.memory, max_held=limits.max_running, max_waiting=limits.max_waiting
@@ -192,7 +193,7 @@ class DecodeInstance:
             reason = received.finish_reason or LENGTH
             await emit(DecodeOutput(finish_reason=reason, stats=stats))
             return
-        await self._pull_rest(sequence, keys, received, tally)
+        await self._pull_rest(start, sequence, keys, received, tally)
         tally.num_recomputed_tokens = sequence.num_pending
         if sequence.num_pending:
             log.warning("KV lost, computing it here", num_tokens=sequence.num_pending)
@@ -205,7 +206,7 @@ class DecodeInstance:
             gate=self._publish_gate,
         )
         async with BlockPublisher(
-            self._link, keys, sequence.block_ids, rules, request_id=start.request_id
+            self._nodes.own, keys, sequence.block_ids, rules, request_id=start.request_id
         ) as publisher:
             publisher.skip(sequence.num_prompt_tokens // self._limits.block_size)
             publishes = start.prompt.cache_policy is not CachePolicy.OFF
@@ -226,13 +227,18 @@ class DecodeInstance:
         """Pulls blocks as they are committed, until all are here or the hand-off is."""
         num_blocks = sequence.num_prompt_tokens // self._limits.block_size
         deadline_s = tally.began_s + start.handoff_timeout_s
+        links = await self._nodes.among(start.prompt.node_addresses)
+        # The conductor names the node first to which prefill publishes.
+        writer = await self._nodes.at(next(iter(start.prompt.node_addresses), "")) or links[0]
         num_empty = 0
         while self._num_here(sequence) < num_blocks and not handoff.done():
             left_s = deadline_s - time.monotonic()
             if left_s <= 0.0:
                 return
+            if len(links) > 1 and await self._pull_round(links, sequence, keys, tally):
+                continue
             pulled = await self._pull(
-                sequence, keys, num_blocks, tally, wait_blocks=1, timeout_s=min(WAIT_S, left_s)
+                writer, sequence, keys, tally, wait_blocks=1, timeout_s=min(WAIT_S, left_s)
             )
             if pulled is not None and pulled.num_blocks:
                 num_empty = 0
@@ -273,22 +279,28 @@ class DecodeInstance:
         return received
 
     async def _pull_rest(
-        self, sequence: Sequence, keys: KeyChain, received: Handoff, tally: _Tally
+        self,
+        start: DecodeStart,
+        sequence: Sequence,
+        keys: KeyChain,
+        received: Handoff,
+        tally: _Tally,
     ) -> None:
         """What is committed by now: blocks, then the tail; the rest is lost."""
-        block_size = self._limits.block_size
-        num_blocks = sequence.num_prompt_tokens // block_size
-        while self._num_here(sequence) < num_blocks:
-            pulled = await self._pull(
-                sequence, keys, num_blocks, tally, timeout_s=self._limits.pull_timeout_s
-            )
-            if pulled is None or not pulled.num_blocks:
-                return  # the tail would be of no use without the blocks before it
-        if sequence.num_pending == 0 or received.tail_nbytes != self._link.block_nbytes:
+        num_blocks = sequence.num_prompt_tokens // self._limits.block_size
+        writer = await self._nodes.at(received.node_address) or self._nodes.own
+        if self._num_here(sequence) < num_blocks:
+            named = (received.node_address, *start.prompt.node_addresses)
+            links = await self._nodes.among(named)
+            while await self._pull_round(links, sequence, keys, tally):
+                continue
+        if self._num_here(sequence) < num_blocks:
+            return  # the tail would be of no use without the blocks before it
+        if sequence.num_pending == 0 or received.tail_nbytes != writer.block_nbytes:
             return
         began_s = time.monotonic()
         try:
-            pulled = await self._link.pull_tail(
+            pulled = await writer.pull_tail(
                 sequence.block_ids[num_blocks], request_id=sequence.request_id
             )
         except SnowskinError as error:
@@ -297,14 +309,24 @@ class DecodeInstance:
         self._count(pulled, began_s, tally, waited=False)
         sequence.num_computed = sequence.num_prompt_tokens
 
+    async def _pull_round(
+        self, links: list[StoreLink], sequence: Sequence, keys: KeyChain, tally: _Tally
+    ) -> bool:
+        """One pull from each node of what is still missing; whether anything came."""
+        num_before = self._num_here(sequence)
+        for link in links:
+            if self._num_here(sequence) < sequence.num_prompt_tokens // self._limits.block_size:
+                await self._pull(link, sequence, keys, tally, timeout_s=self._limits.pull_timeout_s)
+        return self._num_here(sequence) > num_before
+
     def _num_here(self, sequence: Sequence) -> int:
         return sequence.num_computed // self._limits.block_size
 
     async def _pull(
         self,
+        link: StoreLink,
         sequence: Sequence,
         keys: KeyChain,
-        num_blocks: int,
         tally: _Tally,
         *,
         wait_blocks: int = 0,
@@ -312,9 +334,10 @@ class DecodeInstance:
     ) -> Pulled | None:
         """One pull behind what is here; None where it failed."""
         num_here = self._num_here(sequence)
+        num_blocks = sequence.num_prompt_tokens // self._limits.block_size
         began_s = time.monotonic()
         try:
-            pulled = await self._link.pull(
+            pulled = await link.pull(
                 keys.column(num_here, num_blocks),
                 sequence.block_ids[num_here:num_blocks],
                 wait_blocks=wait_blocks,

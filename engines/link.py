@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from snowskin.engines.cancellation import outlast
-from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import SnowskinError
-from snowskin.transport.memory import MemoryRegion
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
 
     from snowskin.kvstore.blocks import KeyColumn
     from snowskin.kvstore.client.machine import Published, Pulled
+    from snowskin.kvstore.client.store import StoreClient
+    from snowskin.transport.memory import MemoryRegion
 
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5)
 LOOK_S = 0.25  # how soon a node that died between two calls is noticed
@@ -68,6 +68,11 @@ class StoreLink:
         """Whether the node answered last."""
         return self._connection is not None and self._connection.client.connected
 
+    @property
+    def node_epoch(self) -> int:
+        """Of the node that is connected, new at each of its starts; 0 while none is."""
+        return self._connection.client.node_epoch if self._connection is not None else 0
+
     async def wait_connected(self) -> None:
         """Returns once the link is up; the caller bounds the wait."""
         await self._found.wait()
@@ -78,7 +83,7 @@ class StoreLink:
         try:
             while True:
                 try:
-                    await self._open()
+                    await self.open()
                 except SnowskinError as error:
                     if num_failures == 0:
                         log.warning("node unreachable", error=str(error))
@@ -88,10 +93,10 @@ class StoreLink:
                     continue
                 num_failures = 0
                 await self._until_lost()
-                await self._close()
+                await self.close()
                 log.warning("node lost")
         finally:
-            await outlast(self._close())
+            await outlast(self.close())
 
     async def publish(
         self,
@@ -202,7 +207,8 @@ class StoreLink:
                 self._lost.set()
             raise
 
-    async def _open(self) -> None:
+    async def open(self) -> None:
+        """Connects once; raises NodeUnavailable. `run` does it again and again."""
         client = await self._connect()
         try:
             region = client.register(self._memory)
@@ -222,7 +228,8 @@ class StoreLink:
             except TimeoutError:
                 continue  # look again
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """Ends the connection, if there is one."""
         connection, self._connection = self._connection, None
         self._found.clear()
         if connection is not None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from snowskin.engines.limits import EngineLimits
     from snowskin.engines.link import StoreLink
     from snowskin.engines.messages import PrefillRequest
+    from snowskin.engines.nodes import NodeLinks
     from snowskin.engines.runner import ModelRunner
 
 MAX_PUBLISHES = 2  # of the whole instance at once, a chunk each: what may be reserved, uncommitted
@@ -69,18 +70,15 @@ class PrefillInstance:
         meter: what is measured on the way.
     """
 
-    def __init__(
-        self, runner: ModelRunner, link: StoreLink, limits: EngineLimits, *, node_address: str = ""
-    ) -> None:
-        """`node_address` is told in hand-offs: where the KV lies."""
+    def __init__(self, runner: ModelRunner, nodes: NodeLinks, limits: EngineLimits) -> None:
+        """Publishes to its own node, whose address hand-offs tell."""
         self.draining = False
         self.num_pull_failures = 0
         self.num_publish_failures = 0
         self.meter = Meter()
         self._runner = runner
-        self._link = link
+        self._nodes = nodes
         self._limits = limits
-        self._node_address = node_address
         # Who waits is bounded in `_admit`, before anything is asked of the room.
         self._room = KvRoom(
             runner.memory, max_held=limits.max_running, max_waiting=limits.max_waiting
@@ -168,14 +166,15 @@ class PrefillInstance:
         num_tokens = len(prompt.token_ids)
         has_tail = num_tokens % limits.block_size > 0
         async with BlockPublisher(
-            self._link, keys, sequence.block_ids, rules, request_id=request.request_id
+            self._nodes.own, keys, sequence.block_ids, rules, request_id=request.request_id
         ) as publisher:
             async with self._turn:
                 self._waiting.discard(sequence)
                 tally.queue_s = time.monotonic() - tally.began_s
                 if prompt.cache_policy is not CachePolicy.OFF:
-                    await self._pull_cached(sequence, keys, tally)
-                publisher.skip(sequence.num_computed // limits.block_size)
+                    # What came from other nodes is published too: the own one lacks it.
+                    publisher.skip(await self._pull_cached(request, sequence, keys, tally))
+                    publisher.ready(sequence.num_computed // limits.block_size)
                 if has_tail:
                     # Its whole block travels; the slots behind the prompt must be nobody's bytes.
                     self._runner.memory.zero(sequence.block_ids[-1])
@@ -187,22 +186,47 @@ class PrefillInstance:
             handoff=Handoff(
                 first_token_id=drawn.token_id,
                 position=num_tokens,
-                tail_nbytes=self._link.block_nbytes if tail_sent else 0,
-                node_address=self._node_address,
+                tail_nbytes=self._nodes.own.block_nbytes if tail_sent else 0,
+                node_address=self._nodes.own_address,
                 finish_reason=drawn.finish_reason,
             ),
             stats=_stats(num_tokens, tally, publisher),
         )
 
-    async def _pull_cached(self, sequence: Sequence, keys: KeyChain, tally: _Tally) -> None:
-        num_blocks = (len(sequence.token_ids) - 1) // self._limits.block_size
+    async def _pull_cached(
+        self, request: PrefillRequest, sequence: Sequence, keys: KeyChain, tally: _Tally
+    ) -> int:
+        """Pulls what any node has of the prompt; how many blocks the own node gave first."""
+        block_size = self._limits.block_size
+        num_blocks = (len(sequence.token_ids) - 1) // block_size
+        num_own = 0
         if num_blocks == 0:
-            return
+            return num_own
         began_s = time.monotonic()
+        links = await self._nodes.among(request.prompt.node_addresses)
+        num_before = -1
+        # A node may hold what follows another one's blocks: around until a round brings nothing.
+        while num_before < sequence.num_computed < num_blocks * block_size:
+            num_before = sequence.num_computed
+            for link in links:
+                if sequence.num_computed < num_blocks * block_size:
+                    await self._pull(link, sequence, keys, num_blocks, tally)
+                if link is self._nodes.own and num_before == 0:
+                    num_own = sequence.num_computed // block_size
+            if len(links) == 1:
+                break
+        tally.num_cached_tokens = sequence.num_computed
+        tally.pull_s = time.monotonic() - began_s
+        return num_own
+
+    async def _pull(
+        self, link: StoreLink, sequence: Sequence, keys: KeyChain, num_blocks: int, tally: _Tally
+    ) -> None:
+        first = sequence.num_computed // self._limits.block_size
         try:
-            pulled = await self._link.pull(
-                keys.column(0, num_blocks),
-                sequence.block_ids[:num_blocks],
+            pulled = await link.pull(
+                keys.column(first, num_blocks),
+                sequence.block_ids[first:num_blocks],
                 timeout_s=self._limits.pull_timeout_s,
                 request_id=sequence.request_id,
             )
@@ -210,14 +234,11 @@ class PrefillInstance:
             self.num_pull_failures += 1
             log.warning("pull failed, computing", reason=error.reason, error=str(error))
             return
-        finally:
-            tally.pull_s = time.monotonic() - began_s
         # Blocks before a corrupt one are good; what follows is computed again.
-        sequence.num_computed = pulled.num_blocks * self._limits.block_size
-        tally.num_cached_tokens = sequence.num_computed
-        tally.num_blocks_pulled = pulled.num_blocks
-        tally.pulled_nbytes = pulled.nbytes
-        tally.num_blocks_corrupt = len(pulled.corrupt_blocks)
+        sequence.num_computed += pulled.num_blocks * self._limits.block_size
+        tally.num_blocks_pulled += pulled.num_blocks
+        tally.pulled_nbytes += pulled.nbytes
+        tally.num_blocks_corrupt += len(pulled.corrupt_blocks)
         self.meter.pulled(nbytes=pulled.nbytes, seconds=pulled.seconds)
 
     async def _compute(self, sequence: Sequence, publisher: BlockPublisher, tally: _Tally) -> Drawn:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snowskin.engines.model.llama import Span
-from snowskin.engines.model.sampler import SamplingParams
 from snowskin.kvstore.blocks import BlockHashChain, KeyColumn
-from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Ordered
 
     from snowskin.engines.messages import Prompt
+    from snowskin.engines.model.sampler import SamplingParams
+    from snowskin.transport.errors import SnowskinError
 
 STOP, LENGTH = "stop", "length"
 OWN_KEY_WIDTH = 32  # SHA-256

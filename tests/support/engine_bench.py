@@ -19,9 +19,11 @@ from snowskin.engines.model.kv_memory import KvMemory
 from snowskin.engines.model.llama import LlamaModel, Span, load_model
 from snowskin.engines.model.random_model import make_random_model
 from snowskin.engines.model.sampler import SamplingParams, sample
+from snowskin.engines.nodes import NodeLinks
 from snowskin.engines.prefill import PrefillInstance
 from snowskin.engines.runner import ModelRunner
 from snowskin.kvstore.blocks import KeyColumn, block_hashes
+from snowskin.kvstore.errors import NodeUnavailable
 
 NAMESPACE = b"n" * 32
 BLOCK_SIZE = 4
@@ -83,7 +85,13 @@ def _reference() -> LlamaModel:
 
 
 def make_prompt(
-    token_ids, *, policy=CachePolicy.READ_WRITE, salt="", block_size=BLOCK_SIZE, namespace=NAMESPACE
+    token_ids,
+    *,
+    policy=CachePolicy.READ_WRITE,
+    salt="",
+    block_size=BLOCK_SIZE,
+    namespace=NAMESPACE,
+    nodes=(),
 ) -> Prompt:
     hashes = block_hashes(token_ids, block_size, cache_salt=salt or None)
     return Prompt(
@@ -91,6 +99,7 @@ def make_prompt(
         block_keys=KeyColumn.of(hashes),
         namespace=namespace,
         cache_policy=policy,
+        node_addresses=tuple(nodes),
     )
 
 
@@ -168,10 +177,12 @@ class Bench:
         await self.decode.decode(start, future, answer.emit)
         return answer
 
-    async def run(self, token_ids, sampling, *, request_id="r", policy=CachePolicy.READ_WRITE):
+    async def run(
+        self, token_ids, sampling, *, request_id="r", policy=CachePolicy.READ_WRITE, nodes=()
+    ):
         """Both at once, as the conductor does; all tokens, prefill's answer, decode's answer."""
         salt = request_id if policy is CachePolicy.OFF else ""
-        prompt = make_prompt(token_ids, policy=policy, salt=salt)
+        prompt = make_prompt(token_ids, policy=policy, salt=salt, nodes=nodes)
         handoff = asyncio.get_running_loop().create_future()
 
         async def prefilled():
@@ -186,26 +197,35 @@ class Bench:
 
 
 @asynccontextmanager
-async def open_bench(connect, *, num_blocks=256, limits=None, wait=True):
-    """Instances over the store that `connect` reaches; both links are up if `wait`."""
+async def open_bench(connect, *, connect_decode=None, num_blocks=256, limits=None, wait=True):
+    """Instances over the store that `connect` reaches; both links are up if `wait`.
+
+    The store's address is `node-0`; where decode has one of its own, that is `node-1`.
+    """
     limits = limits or make_limits()
+    connects = {"node-0": connect, "node-1": connect_decode}
+    own_addresses = ["node-0", "node-1" if connect_decode else "node-0"]
     async with AsyncExitStack() as stack:
-        runners, links, tasks = [], [], []
-        for _ in range(2):
+        runners, links, nodes, tasks = [], [], [], []
+        for own_address in own_addresses:
             model = new_model()
             memory = KvMemory(model.config, num_blocks, limits.block_size)
-            runner = await stack.enter_async_context(ModelRunner(model, memory))
-            link = StoreLink(
-                connect,
-                memory.host_view(),
-                namespace=limits.namespace,
-                block_nbytes=memory.block_nbytes,
-            )
-            runners.append(runner)
-            links.append(link)
-            tasks.append(asyncio.create_task(link.run()))
-        decode = DecodeInstance(runners[1], links[1], limits)
-        prefill = PrefillInstance(runners[0], links[0], limits, node_address="node")
+            runners.append(await stack.enter_async_context(ModelRunner(model, memory)))
+
+            def link_to(address, memory=memory):
+                return StoreLink(
+                    connects.get(address) or refuse,
+                    memory.host_view(),
+                    namespace=limits.namespace,
+                    block_nbytes=memory.block_nbytes,
+                )
+
+            links.append(link_to(own_address))
+            nodes.append(NodeLinks(links[-1], own_address=own_address, link_to=link_to))
+            stack.push_async_callback(nodes[-1].close)
+            tasks.append(asyncio.create_task(links[-1].run()))
+        prefill = PrefillInstance(runners[0], nodes[0], limits)
+        decode = DecodeInstance(runners[1], nodes[1], limits)
         tasks.append(asyncio.create_task(decode.run()))
         try:
             if wait:
@@ -217,3 +237,7 @@ async def open_bench(connect, *, num_blocks=256, limits=None, wait=True):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+
+async def refuse():
+    raise NodeUnavailable("no node has this address")

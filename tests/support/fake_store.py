@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from snowskin.transport.errors import SnowskinError
 
 Key = tuple[bytes, bytes]
+
+_EPOCHS = itertools.count(1)
 
 
 @dataclass
@@ -35,7 +38,7 @@ class FakeStore:
     faults: dict[str, list[SnowskinError]] = field(default_factory=dict)
     calls: Counter = field(default_factory=Counter)
     alive: bool = True
-    epoch: int = 1
+    epoch: int = field(default_factory=_EPOCHS.__next__)
     num_writers_gone: int = 0
     num_publishing: int = 0
     max_publishing: int = 0
@@ -60,7 +63,7 @@ class FakeStore:
     async def crash(self) -> None:
         """Loses everything, as a killed node; `alive = True` brings the next epoch."""
         self.alive = False
-        self.epoch += 1
+        self.epoch = next(_EPOCHS)
         self.blocks.clear()
         self.tails.clear()
         await self.wake()

@@ -1,0 +1,98 @@
+"""Instances on different nodes: blocks are fetched from where they are, and nobody waits in vain."""
+
+from __future__ import annotations
+
+import pytest
+
+from snowskin.engines.model.sampler import SamplingParams
+from tests.support.engine_bench import (
+    BLOCK_SIZE,
+    make_prompt,
+    open_bench,
+    prompt_tokens,
+    straight,
+    until,
+)
+from tests.support.fake_store import FakeStore
+
+GREEDY = SamplingParams(max_tokens=12)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 16, 17, 38, 49])
+async def test_decode_pulls_from_the_node_that_prefill_publishes_to(num_tokens):
+    first, second = FakeStore(), FakeStore()
+    async with open_bench(first.connect, connect_decode=second.connect) as bench:
+        token_ids = prompt_tokens(num_tokens)
+        tokens, _, answer = await bench.run(token_ids, GREEDY, nodes=["node-0"])
+        assert tokens == straight(token_ids, GREEDY)
+        assert answer.stats.num_recomputed_tokens == 0
+        assert answer.stats.num_blocks_pulled == num_tokens // BLOCK_SIZE
+        assert bench.all_free()
+
+
+async def test_decode_finds_the_node_by_the_handoff_alone():
+    first, second = FakeStore(), FakeStore()
+    async with open_bench(first.connect, connect_decode=second.connect) as bench:
+        token_ids = prompt_tokens(38)
+        tokens, _, answer = await bench.run(token_ids, GREEDY)
+        assert tokens == straight(token_ids, GREEDY)
+        assert answer.stats.num_recomputed_tokens == 0
+
+
+async def test_prefill_takes_cached_blocks_from_another_node_and_leaves_them_at_its_own():
+    first, second = FakeStore(), FakeStore()
+    async with open_bench(first.connect, connect_decode=second.connect) as bench:
+        token_ids = prompt_tokens(53)
+        prompt = make_prompt(token_ids)
+        await bench.run_prefill(prompt, GREEDY)
+        # Blocks 0-3 only at the second node, 4-7 at the first, 8 and 9 at the second again.
+        keys = [(prompt.namespace, key) for key in prompt.block_keys]
+        for index, key in enumerate(keys):
+            if not 4 <= index < 8:
+                data = first.blocks.pop(key)
+                if index < 10:
+                    second.blocks[key] = data
+        tokens, response, answer = await bench.run(
+            token_ids, GREEDY, request_id="again", nodes=["node-0", "node-1"]
+        )
+        assert tokens == straight(token_ids, GREEDY)
+        assert response.stats.num_cached_tokens == 40
+        assert response.stats.num_computed_tokens == 13
+        assert set(keys) <= set(first.blocks)
+        assert answer.stats.num_recomputed_tokens == 0
+        assert bench.all_free()
+
+
+async def test_an_address_where_nobody_answers_costs_nothing_but_itself():
+    store = FakeStore()
+    async with open_bench(store.connect) as bench:
+        token_ids = prompt_tokens(38)
+        nodes = ["nowhere", "node-0", "nowhere-else"]
+        tokens, _, answer = await bench.run(token_ids, GREEDY, nodes=nodes)
+        assert tokens == straight(token_ids, GREEDY)
+        assert answer.stats.num_recomputed_tokens == 0
+
+
+async def test_the_own_node_under_another_name_is_asked_once():
+    store = FakeStore()
+    async with open_bench(store.connect, connect_decode=store.connect) as bench:
+        token_ids = prompt_tokens(38)
+        tokens, _, _ = await bench.run(token_ids, GREEDY, nodes=["node-0", "node-1"])
+        assert tokens == straight(token_ids, GREEDY)
+        links = await bench.decode._nodes.among(["node-0", "node-1"])
+        assert links == [bench.decode_link]
+
+
+async def test_another_node_that_restarts_is_connected_anew():
+    first, second = FakeStore(), FakeStore()
+    async with open_bench(first.connect, connect_decode=second.connect) as bench:
+        for life in range(3):
+            token_ids = prompt_tokens(38, seed=life)
+            await until(lambda: bench.prefill_link.connected)
+            tokens, _, answer = await bench.run(
+                token_ids, GREEDY, nodes=["node-0"], request_id=f"r{life}"
+            )
+            assert tokens == straight(token_ids, GREEDY)
+            assert answer.stats.num_recomputed_tokens == 0
+            await first.crash()
+            first.alive = True
