@@ -384,7 +384,9 @@ class BlockingDoorConnection:
             for descriptor in descriptors:
                 os.close(descriptor)
             if isinstance(error, OSError):
-                raise NodeUnavailable(f"the node on {path} did not greet: {error}") from error
+                raise NodeUnavailable(
+                    f"the node on {path} did not greet: {error}", hint="see the node's log"
+                ) from error
             raise
         self.node_id, self.node_epoch = greeting.node_id, greeting.node_epoch
         self.connected = True

@@ -162,7 +162,9 @@ class DoorConnection:
                     hint="it is stopped or overloaded",
                 ) from error
             if isinstance(error, OSError):
-                raise NodeUnavailable(f"the node on {path}: {error}") from error
+                raise NodeUnavailable(
+                    f"the node on {path} did not greet: {error}", hint="see the node's log"
+                ) from error
             raise
 
     @property

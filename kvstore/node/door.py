@@ -142,9 +142,7 @@ class LocalDoor:
             loop.call_later(ACCEPT_PAUSE_S, self._listen)
             return
         peer.setblocking(False)
-        pid, uid, _ = _PEERCRED.unpack(
-            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-        )
+        pid, uid = _who_is(peer)
         if uid not in (os.geteuid(), 0) or len(self._connections) >= MAX_CONNECTIONS:
             log.warning("connection refused", pid=pid, uid=uid, connections=len(self._connections))
             peer.close()
@@ -153,6 +151,13 @@ class LocalDoor:
             self._shell, peer, pid, self._connections.discard, hello_timeout_s=self._hello_timeout_s
         )
         self._connections.add(connection)
+
+
+def _who_is(peer: socket.socket) -> tuple[int, int]:
+    """Process and user of who connected, as the kernel says."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    pid, uid, _ = _PEERCRED.unpack(credentials)
+    return pid, uid
 
 
 def _remove_stale(path: Path) -> None:
