@@ -71,7 +71,7 @@ class EngineSettings(RoleSettings):
     chunk_tokens: int = setting(512, help="Tokens of a prefill chunk, whole blocks.")
     kv_memory_nbytes: int = setting(512 << 20, help="Size of its own KV memory.")
     max_context_tokens: int = setting(
-        0, help="Tokens of prompt and answer together; the model's most if 0."
+        0, help="Tokens of prompt and answer together; what model and KV memory hold if 0."
     )
     max_running: int = setting(32, help="Sequences that hold KV memory at once.")
     max_waiting: int = setting(64, help="Requests that wait; more are refused.")
@@ -220,7 +220,9 @@ async def _open_engine(
         vocab_size=config.vocab_size,
         block_size=settings.block_size,
         max_context_tokens=min(
-            settings.max_context_tokens or config.max_position, config.max_position
+            settings.max_context_tokens or config.max_position,
+            config.max_position,
+            memory.num_blocks * settings.block_size,
         ),
         chunk_tokens=settings.chunk_tokens,
         max_running=settings.max_running,
