@@ -18,7 +18,6 @@ from snowskin.kvstore.messages import (
     Committed,
     Complaint,
     Effect,
-    Fail,
     LeaseId,
     Matched,
     MatchRequest,
@@ -44,7 +43,7 @@ from snowskin.kvstore.wire import EMPTY_KEYS
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 BLOCK = 4096
 NAMESPACE = b"N" * 32
@@ -83,6 +82,9 @@ class NodeDriver:
             node_id="n", epoch=7, pools=pools, eviction=make_eviction("lru"), limits=self.limits
         )
         self.now_s = 1000.0
+        self.checks_books = True
+        self.on_call: Callable[[Session, int, Request], None] | None = None
+        self.on_answer: Callable[[SessionId, int, Answer], None] | None = None
         self.answers: dict[tuple[SessionId, int], Answer] = {}
         self._asked: set[tuple[SessionId, int]] = set()
         self._last_call_id = 0
@@ -105,6 +107,8 @@ class NodeDriver:
         self._last_call_id += 1
         call_id = self._last_call_id
         self._asked.add((session.id, call_id))
+        if self.on_call is not None:
+            self.on_call(session, call_id, request)
         self.take(self.state.on_request(session.id, call_id, request, self.now_s))
         return call_id
 
@@ -113,7 +117,7 @@ class NodeDriver:
         answer = self.answer(session, self.call(session, request))
         if isinstance(answer, SnowskinError):
             raise answer
-        assert isinstance(answer, kind), answer
+        assert isinstance(answer, kind), f"answered {answer}"
         return answer
 
     def answer(self, session: Session, call_id: int) -> Answer | None:
@@ -148,12 +152,12 @@ class NodeDriver:
             asked = (effect.session_id, effect.call_id)
             assert asked in self._asked, f"call {asked} was answered, but nobody waits for it"
             self._asked.remove(asked)
-            match effect:
-                case Reply(message=message):
-                    self.answers[asked] = message
-                case Fail(error=error):
-                    self.answers[asked] = error
-        self.check()
+            answer = effect.message if isinstance(effect, Reply) else effect.error
+            self.answers[asked] = answer
+            if self.on_answer is not None:
+                self.on_answer(effect.session_id, effect.call_id, answer)
+        if self.checks_books:
+            self.check()
 
     def check(self) -> None:
         """The books agree."""
@@ -235,9 +239,9 @@ class NodeDriver:
         request = RenewRequest(lease_ids=lease_ids, ttl_s=ttl_s)
         return self.ask(session, request, Renewed).ttl_s
 
-    def probe(self, session: Session, names: str) -> str:
+    def probe(self, session: Session, names: str, *, namespace: bytes = NAMESPACE) -> str:
         """Which blocks are here, one letter each: `x` here, `.` not."""
-        request = ProbeRequest(namespaces=(NAMESPACE,), keys=column(names))
+        request = ProbeRequest(namespaces=(namespace,), keys=column(names))
         bitmap = self.ask(session, request, Probed).present_bitmap
         return "".join(
             "x" if bitmap[i >> 3] >> (i & 7) & 1 else "." for i in range(len(names.split()))
