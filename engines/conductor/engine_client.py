@@ -190,11 +190,8 @@ class EngineClients:
         )
         async with self._line(instance) as line:
             call = line.stub.Prefill(request, timeout=timeout_s, metadata=call_metadata(log_id))
-            try:
-                with _instance_errors(instance.instance_id):
-                    response = await call
-            finally:
-                await _over(call)
+            with _instance_errors(instance.instance_id):
+                response = await call  # cancelling the wait cancels the call
         return PrefillResponse(
             handoff=Handoff(**_fields(response.handoff, _HANDOFF)),
             stats=PrefillStats(**_fields(response.stats, _PREFILL_STATS)),

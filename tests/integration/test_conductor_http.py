@@ -127,7 +127,9 @@ async def test_a_stop_string_ends_the_answer_before_it_and_cancels_the_work(mode
     stop = whole[10:13]
     assert whole.index(stop) == 10
     for stream in (False, True):
-        async with conducting(model, pair(decode=["hang after 40"])) as cluster:
+        engines = pair(decode=["hang after 40"])
+        engines[1].burst = 40  # tokens behind the stop string have come, and are not counted
+        async with conducting(model, engines) as cluster:
             response = await cluster.complete(
                 "hello",
                 max_tokens=64,

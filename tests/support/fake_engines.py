@@ -85,6 +85,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.idle = asyncio.Event()
         self.idle.set()
         self.step_s = 0.0
+        self.burst = 1  # tokens of one message
         self.end_after: int | None = None  # decode says an end token as that token of the answer
         self.address = ""
 
@@ -140,7 +141,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             tokens = [*tokens_of(start.prompt), handoff.first_token_id]
             what, _, after = step.partition(" after ")
             num_left = int(after) if after else -1
-            num, reason = 1, ""
+            num, reason, unsent = 1, "", []
             while not reason:
                 if num_left == 0:
                     _fail(what)
@@ -156,7 +157,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                     token = start.sampling.stop_token_ids[0]
                 tokens.append(token)
                 reason = self._reason(start.sampling, token, num)
-                yield engine_pb2.DecodeResponse(token_ids=[token])
+                unsent.append(token)
+                if reason or len(unsent) == self.burst:
+                    yield engine_pb2.DecodeResponse(token_ids=unsent)
+                    unsent.clear()
             if step == "no end":
                 _fail("lost")
             yield engine_pb2.DecodeResponse(

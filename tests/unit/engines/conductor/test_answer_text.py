@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snowskin.engines.conductor.answer_text import StopMatcher
+from snowskin.engines.conductor.answer_text import AnswerText, StopMatcher
+from snowskin.engines.model.tokenizer import Tokenizer
+from tests.support.conductors import make_tiny_model
 
 
 def emitted(stops, pieces):
@@ -44,6 +46,15 @@ def test_what_may_begin_a_stop_is_held_back_and_nothing_else_is():
 def test_of_two_stops_the_one_that_is_completed_first_ends_the_text():
     assert emitted(["abb", "b"], ["abb"]) == ("a", True)
     assert emitted(["abb", "bb"], ["abb"]) == ("", True)
+
+
+def test_the_token_that_ends_an_answer_has_no_text_even_where_it_is_a_plain_one(tmp_path):
+    tokenizer = Tokenizer(make_tiny_model(tmp_path / "tiny-model"))
+    answer = AnswerText(tokenizer, stops=["c"], stop_token_ids=[ord("x")])
+    assert [answer.push(token) for token in "ax€"[:2].encode()] == ["a", ""]
+    assert [answer.push(token) for token in "€".encode()] == ["", "", "€"]
+    assert answer.push("é".encode()[0]) == ""
+    assert (answer.flush(), answer.matched) == ("\ufffd", False)
 
 
 def test_without_stops_everything_passes_at_once():
