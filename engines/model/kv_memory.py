@@ -2,7 +2,7 @@
 
 Rules kept here: all bytes of one block are contiguous, `[layer][K/V][head][token][dim]`, so that a
 run of blocks is one transfer; runs are kept as long as possible (best fit, neighbours joined),
-because a contiguous run is one pull and one gather; a block is free or held, never both (`check`).
+because a contiguous run is one pull; a block is free or held, never both (`check`).
 
 A tail (the last, partial block of a prompt) travels as its WHOLE block: the first t tokens of a
 block are not contiguous in this layout. Whoever fills a block partly therefore zeroes it first

@@ -114,6 +114,12 @@ def test_the_edge_distance_is_small_where_rounding_would_change_the_token():
         assert chosen.edge_distance == pytest.approx(abs(u - 0.5), abs=1e-12)
 
 
+def test_a_draw_on_an_edge_belongs_to_the_token_above_it(monkeypatch):
+    monkeypatch.setattr("snowskin.engines.model.sampler.uniform", lambda _seed, _position: 0.5)
+    chosen = sample(logits(1.0, 1.0), SamplingParams(temperature=1.0), 0)
+    assert (chosen.token_id, chosen.edge_distance) == (1, 0.0)
+
+
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=40),
     st.floats(0.05, 5),

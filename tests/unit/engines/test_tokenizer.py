@@ -223,3 +223,16 @@ def test_what_stays_incomplete_is_flushed_once(tokenizer):
     assert decoder.flush() == "\ufffd"
     assert decoder.flush() == ""
     assert decoder.push(ord("a")) == "a"
+
+
+def test_a_long_stream_costs_a_few_tokens_of_decoding_a_push(tokenizer, monkeypatch):
+    decoded: list[int] = []
+    decode = tokenizer.decode
+
+    def counted(token_ids):
+        decoded.append(len(token_ids))
+        return decode(token_ids)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    pushed(tokenizer, [ord("a")] * 300)
+    assert max(decoded) <= 2
