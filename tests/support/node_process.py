@@ -86,11 +86,11 @@ class NodeProcess:
 
     @property
     def door(self) -> str:
-        return self.facts["door"]
+        return str(self.facts["door"])
 
     @property
     def address(self) -> str:
-        return self.facts["address"]
+        return str(self.facts["address"])
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -141,17 +141,18 @@ class NodeProcess:
     def settles_at(self, before: Held, within_s: float = 2.0) -> None:
         """Fails unless the node comes to hold again what it held before."""
 
+        seen = [before]
+
         def is_back() -> bool:
-            nonlocal now
             now = self.held()
+            seen.append(now)
             mine, old = vars(now) | {"num_fds": 0}, vars(before) | {"num_fds": 0}
             return mine == old and now.num_fds <= before.num_fds
 
-        now = before
         try:
             eventually(is_back, within_s)
         except AssertionError:
-            raise AssertionError(f"the node holds {now}, before it held {before}") from None
+            raise AssertionError(f"the node holds {seen[-1]}, before it held {before}") from None
 
     def __enter__(self) -> NodeProcess:
         return self.start()

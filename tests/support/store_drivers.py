@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.client.blocking import BlockingStoreClient
 from snowskin.kvstore.client.store import StoreClient
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
 
 DRIVERS = ("asyncio", "blocking")
 WAYS = ("door", "address")
@@ -24,7 +29,7 @@ class LoopedClient:
 
     def __getattr__(self, name):
         value = getattr(self._client, name)
-        if not asyncio.iscoroutinefunction(value):
+        if not inspect.iscoroutinefunction(value):
             return value
 
         def call(**arguments):
@@ -32,7 +37,7 @@ class LoopedClient:
 
         return call
 
-    async def _to_the_end(self, coroutine):
+    async def _to_the_end(self, coroutine: Coroutine[object, object, object]) -> object:
         try:
             return await coroutine
         finally:
@@ -45,8 +50,8 @@ class LoopedClient:
 def connected(driver, address, *, client_name="client", **arguments):
     """A client of either driver, closed at the end."""
     if driver == "blocking":
-        with BlockingStoreClient.connect(address, client_name=client_name, **arguments) as client:
-            yield client
+        with BlockingStoreClient.connect(address, client_name=client_name, **arguments) as blocking:
+            yield blocking
         return
     with asyncio.Runner() as runner:
         client = runner.run(StoreClient.connect(address, client_name=client_name, **arguments))
