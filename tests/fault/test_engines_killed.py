@@ -1,0 +1,261 @@
+"""Processes of a cluster under `snowskin up` are killed and frozen in the middle of a request.
+
+What must hold each time: the tokens are those of the model in one piece, none twice and none missing, or
+the request fails with its reason; what was killed is back within its start-up time; nothing that the dead
+one held stays held; the next request is exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snowskin.engines.model.random_model import make_random_model
+from tests.support.engine_bench import prompt_tokens
+from tests.support.up_process import LOOK_S, Answer, Held, UpProcess, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from snowskin.kvstore.messages import NodeStat
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+LEASE_S = GRACE_S = 1.0
+# Beyond lease and grace: instances report, and the conductor lets old connections go, once a second.
+SETTLE_S = LEASE_S + GRACE_S + 3.0
+RESTART_S = 5.0
+REGISTER_S = 2.0
+BLOCK_SIZE = 16
+SETTINGS = f"""
+[node]
+read_lease_s = {LEASE_S}
+write_lease_s = {LEASE_S}
+grace_s = {GRACE_S}
+"""
+FLAGS = (
+    *("--dram-nbytes", "256MiB", "--kv-memory-nbytes", "128MiB"),
+    *("--block-size", str(BLOCK_SIZE), "--chunk-tokens", str(2 * BLOCK_SIZE), "--threads", "1"),
+)  # fmt: skip
+# Its prefill takes a second and a half on one core, in 80 chunks: something to be killed in.
+LONG, SHORT = 2_570, 300
+NUM_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_random_model(
+        tmp_path_factory.mktemp("models") / "random",
+        layers=6,
+        hidden=384,
+        heads=6,
+        kv_heads=3,
+        head_dim=64,
+        intermediate=1152,
+        max_position=4096,
+    )
+
+
+@pytest.fixture(scope="module")
+def monolith(model):
+    from snowskin.tools.cluster.monolith import Monolith
+
+    return Monolith(model)
+
+
+@pytest.fixture(scope="module")
+def up(model, tmp_path_factory):
+    with UpProcess(model, tmp_path_factory.mktemp("up"), *FLAGS, settings=SETTINGS) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    """No two requests of this module have a block in common."""
+    return iter(range(1_000))
+
+
+@pytest.fixture
+async def before(up, seeds) -> AsyncIterator[Held]:
+    """The cluster's state before anything is done to it; every connection that will be is made."""
+    await up.settled()
+    await up.ask(prompt_tokens(SHORT, next(seeds)), 4)
+    held = await up.settled()
+    assert held.unaccounted_nbytes == 0
+    assert (held.num_leases, held.num_waiting, held.leased_nbytes) == (0, 0, 0)
+    yield held
+    up.resume_all()  # a test that failed may have left one frozen
+
+
+def assert_exact(monolith, prompt: list[int], answer: Answer, num_tokens: int = NUM_TOKENS) -> None:
+    assert len(answer.token_ids) == num_tokens
+    assert answer.finish_reason == "length"
+    agreement = monolith.compare(prompt, answer.token_ids, stopped=False)
+    assert agreement.num_wrong == 0, agreement.differences
+
+
+async def assert_well(up, monolith, before: Held, seeds) -> None:
+    """All is given back, and the next request is exact, as is the one after it, from the cache."""
+    await up.settled()
+    await up.settles_at(before, SETTLE_S)
+    prompt = prompt_tokens(SHORT, next(seeds))
+    assert_exact(monolith, prompt, await up.ask(prompt, NUM_TOKENS))
+    again = await up.ask(prompt, NUM_TOKENS)
+    assert_exact(monolith, prompt, again)
+    assert again.num_cached_tokens == (SHORT - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
+def start_up_s(up: UpProcess, name: str, pid: int) -> float:
+    """Seconds from the death before this start to its readiness, less those that it waited for a core."""
+
+    def when(event: dict) -> float:
+        return datetime.datetime.fromisoformat(event["time"]).timestamp()
+
+    events = [event for event in up.events() if event.get("child") == name]
+    ready = next(e for e in events if e["event"] == "child ready" and e["pid"] == pid)
+    died = [e for e in events if e["event"] == "child died" and when(e) < when(ready)][-1]
+    waited_ns = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that ended; a kernel without this account
+            waited_ns += int((task / "schedstat").read_text().split()[1])
+    return when(ready) - when(died) - waited_ns / 1e9
+
+
+async def assert_restarted(up: UpProcess, name: str, old_pid: int) -> int:
+    pid = await up.restarted(name, old_pid)
+    assert start_up_s(up, name, pid) <= RESTART_S
+    return pid
+
+
+def is_publishing(stat: NodeStat) -> bool:
+    return stat.pools[0].reserved_nbytes > 0
+
+
+def is_pulling(stat: NodeStat) -> bool:
+    return stat.num_read_leases > 0
+
+
+async def committing(up, num_blocks: int, answer: Answer) -> None:
+    """Waits until a request under way has made so many blocks visible."""
+    async with up.observing() as node:
+        first = (await node.stat()).num_blocks
+        while (await node.stat()).num_blocks < first + num_blocks:
+            assert not answer.is_over, answer
+            await asyncio.sleep(LOOK_S)
+
+
+async def test_a_prefill_killed_in_the_middle_of_a_publish(up, monolith, before, seeds):
+    prompt = prompt_tokens(LONG, next(seeds))
+    async with up.asking(prompt, NUM_TOKENS) as answer:
+        await committing(up, 10, answer)
+        await up.caught("prefill-0", is_publishing, answer)
+        assert answer.token_ids == []
+        old_pid = up.kill("prefill-0")
+        await answer.whole()
+    assert_exact(monolith, prompt, answer)
+    assert answer.stats["num_prefill_retries"] == 1
+    # What the dead one had committed was not computed again.
+    assert answer.num_cached_tokens >= 10 * BLOCK_SIZE
+    await assert_restarted(up, "prefill-0", old_pid)
+    await assert_well(up, monolith, before, seeds)
+
+
+async def test_a_decode_killed_in_the_middle_of_a_pull(up, monolith, before, seeds):
+    prompt = prompt_tokens(LONG, next(seeds))
+    async with up.asking(prompt, NUM_TOKENS) as answer:
+        await up.caught("decode-0", is_pulling, answer)
+        assert answer.token_ids == []
+        old_pid = up.kill("decode-0")
+        await answer.whole()
+    assert_exact(monolith, prompt, answer)
+    assert answer.stats["num_decode_retries"] == 1
+    await assert_restarted(up, "decode-0", old_pid)
+    await assert_well(up, monolith, before, seeds)
+
+
+async def test_a_decode_killed_while_it_generates(up, monolith, before, seeds):
+    prompt = prompt_tokens(SHORT, next(seeds))
+    num_tokens = 200
+    async with up.asking(prompt, num_tokens) as answer:
+        await answer.until(lambda answer: len(answer.token_ids) >= 20)
+        old_pid = up.kill("decode-0")
+        assert not answer.is_over
+        await answer.whole()
+    assert_exact(monolith, prompt, answer, num_tokens)
+    await assert_restarted(up, "decode-0", old_pid)
+    await assert_well(up, monolith, before, seeds)
+
+
+async def test_a_node_killed_while_it_is_written_and_read(up, monolith, before, seeds):
+    prompt = prompt_tokens(LONG, next(seeds))
+    async with up.asking(prompt, NUM_TOKENS) as answer:
+        await committing(up, 10, answer)
+        old_pid = up.kill("node-0")
+        await answer.whole()
+    assert_exact(monolith, prompt, answer)
+    await up.restarted("node-0", old_pid)
+    await assert_well(up, monolith, before, seeds)
+
+
+async def test_a_conductor_killed_while_a_request_runs(up, monolith, before, seeds):
+    prompt = prompt_tokens(LONG, next(seeds))
+    async with up.asking(prompt, NUM_TOKENS) as answer:
+        await committing(up, 10, answer)
+        old_pid = up.kill("conductor")
+        await answer.until(lambda answer: answer.is_over)
+    assert answer.broke
+    await up.restarted("conductor", old_pid)
+    async with asyncio.timeout(REGISTER_S):
+        await up.settled(REGISTER_S)
+    await assert_well(up, monolith, before, seeds)
+
+
+async def test_a_prefill_frozen_for_longer_than_its_lease(up, monolith, before, seeds):
+    prompt = prompt_tokens(LONG, next(seeds))
+    async with up.asking(prompt, NUM_TOKENS) as answer:
+        await committing(up, 10, answer)
+        await up.caught("prefill-0", is_publishing, answer)
+        async with up.observing() as node:
+
+            async def is_fenced():
+                return (await node.stat()).pools[0].quarantined_nbytes > 0
+
+            await eventually(is_fenced, LEASE_S + 2.0, "the frozen writer is fenced")
+            # The grace runs out too: its bytes stay out of reach as long as it may write them.
+            await asyncio.sleep(GRACE_S + 0.5)
+            assert (await node.stat()).pools[0].quarantined_nbytes > 0
+        up.child("prefill-0").resume()
+        await answer.whole()
+    assert_exact(monolith, prompt, answer)
+    assert answer.stats["num_prefill_retries"] == 0
+    await assert_well(up, monolith, before, seeds)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 8])
+async def test_a_client_that_hangs_up_frees_everything(up, monolith, before, seeds, num_tokens):
+    prompt = prompt_tokens(LONG, next(seeds))
+    async with up.asking(prompt, 500) as answer:
+        await committing(up, 10, answer)
+        await answer.until(lambda answer: len(answer.token_ids) >= num_tokens)
+        assert not answer.is_over
+    await assert_well(up, monolith, before, seeds)
+
+
+async def test_requests_under_way_survive_whoever_dies(up, monolith, before, seeds):
+    """Four at once; prefill and decode are killed while they are spread over both."""
+    prompts = [prompt_tokens(SHORT + 7 * index, next(seeds)) for index in range(4)]
+    async with contextlib.AsyncExitStack() as stack:
+        answers = [await stack.enter_async_context(up.asking(prompt, 120)) for prompt in prompts]
+        await answers[0].until(lambda answer: len(answer.token_ids) >= 5)
+        old_pids = {name: up.kill(name) for name in ("prefill-0", "decode-0")}
+        await asyncio.gather(*(answer.whole() for answer in answers))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert_exact(monolith, prompt, answer, 120)
+    for name, old_pid in old_pids.items():
+        await up.restarted(name, old_pid)
+    await assert_well(up, monolith, before, seeds)

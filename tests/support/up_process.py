@@ -1,0 +1,408 @@
+"""`snowskin up` as its own process: asked over HTTP, looked at from outside, its children killed and stopped.
+
+Rules kept here: nothing of the cluster runs in the test's process, so the supervisor that restarts what
+was killed is the one that users have; what the cluster holds is asked of the cluster itself (node,
+conductor, engines) and of the kernel (processes, descriptors), never of its memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+
+from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.messages import Access
+from snowskin.kvstore.rpc import open_channel
+from snowskin.tools.kvctl.admin import AdminClient
+from snowskin.transport.errors import SnowskinError
+from snowskin.v1 import engine_pb2, engine_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+    from pathlib import Path
+
+    from snowskin.kvstore.messages import NodeStat
+
+START_S = 60.0
+END_S = 30.0
+LOOK_S = 0.02
+REQUEST_S = 60.0
+CAUGHT_LOOK_S = 0.001
+
+_HTTP = re.compile(r"http://(\S+)/v1")
+_CONDUCTOR = re.compile(r"conductor: (\S+)")
+_NODE = re.compile(r"node-0: (\S+)\s+door (\S+)")
+
+
+async def eventually(look, within_s: float, what: str = ""):
+    """The first true value of `look()`, which may be a coroutine; other processes have no event for us."""
+    deadline_s = time.monotonic() + within_s
+    while True:
+        value = look()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < deadline_s, f"not so within {within_s} s: {what or look}"
+        await asyncio.sleep(LOOK_S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a cluster holds while nobody asks it for anything; descriptors may become fewer, never more."""
+
+    capacity_nbytes: int
+    unaccounted_nbytes: int
+    reserved_nbytes: int
+    quarantined_nbytes: int
+    leased_nbytes: int
+    num_leases: int
+    num_waiting: int
+    num_sessions: int
+    num_requests_running: int
+    engines_busy: tuple[str, ...]
+    num_fds: dict[str, int]
+
+    def kept_to(self, before: Held) -> bool:
+        """Whether everything is as it was."""
+        fds = all(self.num_fds.get(name, 0) <= num for name, num in before.num_fds.items())
+        return fds and dataclasses.replace(self, num_fds={}) == dataclasses.replace(
+            before, num_fds={}
+        )
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What came back over a stream, as it comes."""
+
+    token_ids: list[int] = field(default_factory=list)
+    status: int = 0
+    error: dict | None = None
+    finish_reason: str = ""
+    num_cached_tokens: int = 0
+    stats: dict = field(default_factory=dict)
+    is_whole: bool = False
+    broke: str = ""
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def until(self, is_so: Callable[[Answer], bool], within_s: float = REQUEST_S) -> Answer:
+        """Waits for `is_so(answer)`."""
+        async with asyncio.timeout(within_s), self.changed:
+            await self.changed.wait_for(lambda: is_so(self))
+        return self
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_whole or bool(self.broke) or self.error is not None
+
+    async def whole(self) -> Answer:
+        """Waits for the end, which must be a good one."""
+        await self.until(lambda answer: answer.is_over)
+        assert self.is_whole, f"HTTP {self.status}, {self.error or self.broke}"
+        return self
+
+    def _add(self, data: str) -> None:
+        if data == "[DONE]":
+            self.is_whole = True
+            return
+        chunk = json.loads(data)
+        self.error = chunk.get("error", self.error)
+        self.stats = chunk.get("snowskin") or self.stats
+        details = (chunk.get("usage") or {}).get("prompt_tokens_details") or {}
+        self.num_cached_tokens = details.get("cached_tokens", self.num_cached_tokens)
+        for choice in chunk.get("choices", ()):
+            self.token_ids += choice.get("token_ids") or ()
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    async def read(self, base_url: str, body: dict, headers: dict) -> None:
+        """Reads a whole stream; whatever ends it is noted."""
+        try:
+            async with (
+                httpx.AsyncClient(base_url=base_url, timeout=REQUEST_S, trust_env=False) as http,
+                http.stream("POST", "/v1/completions", json=body, headers=headers) as response,
+            ):
+                self.status = response.status_code
+                if self.status != 200:
+                    self.error = json.loads(await response.aread())["error"]
+                    return
+                async for line in response.aiter_lines():
+                    if line.startswith("data:"):
+                        self._add(line[5:].strip())
+                        async with self.changed:
+                            self.changed.notify_all()
+        except httpx.HTTPError as error:
+            self.broke = repr(error)
+        finally:
+            async with self.changed:
+                self.changed.notify_all()
+
+
+class UpProcess:
+    """A cluster that `snowskin up` keeps; `with` ends it."""
+
+    def __init__(self, model: Path, directory: Path, *flags: str, settings: str = "") -> None:
+        """`settings` is TOML for all roles; logs and sockets lie in `directory`."""
+        self.model = model
+        self.log_path = directory / "up.log"
+        self.runtime = directory / "run"
+        self.runtime.mkdir()
+        config = directory / "snowskin.toml"
+        config.write_text(settings)
+        self._command = [
+            sys.executable, "-m", "snowskin.tools.cluster.main", "up", "--model", str(model),
+            "--config", str(config), "--http-port", "0", "--log-json", *flags,
+        ]  # fmt: skip
+        self.process: subprocess.Popen[str]
+        self.http_address = self.conductor_address = self.node_address = self.door = ""
+
+    # --- life
+
+    def __enter__(self) -> UpProcess:
+        """Returns when the cluster serves."""
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime)},
+            )
+        try:
+            self._read_addresses()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _read_addresses(self) -> None:
+        said = ""
+        for line in self.process.stdout:  # the test's own timeout bounds it
+            said += line
+            if "Ctrl-C" in line:
+                break
+        else:
+            raise AssertionError(f"up ended: {said}{self.log_path.read_text()[-2000:]}")
+        (self.http_address,) = _found(_HTTP, said)
+        (self.conductor_address,) = _found(_CONDUCTOR, said)
+        self.node_address, self.door = _found(_NODE, said)
+
+    def __exit__(self, *_: object) -> None:
+        self.resume_all()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.communicate(timeout=END_S)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.communicate()
+
+    # --- processes
+
+    def children(self) -> list[psutil.Process]:
+        """Every process that this supervisor has started and that is there still."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "--parent-pid" in words:
+                pid = words[words.index("--parent-pid") + 1]
+                if pid == str(self.process.pid):
+                    found.append(process)
+        return found
+
+    def child(self, name: str) -> psutil.Process:
+        """The running child of that name, as `snowskin up` names them."""
+        for child in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+                words = child.cmdline()
+                flag = {"node": "--node-id", "conductor": ""}.get(
+                    name.partition("-")[0], "--instance-id"
+                )
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if (flag and words[words.index(flag) + 1] == name) or (
+                    not flag and "conductor" in words
+                ):
+                    return child
+        raise AssertionError(f"{name} does not run")
+
+    def kill(self, name: str) -> int:
+        """As a crash; returns the pid that is no more."""
+        child = self.child(name)
+        child.kill()
+        return child.pid
+
+    def resume_all(self) -> None:
+        """Lets every child go on that was stopped."""
+        for child in self.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.resume()
+
+    def events(self, name: str = "") -> Iterable[dict]:
+        """Log lines: the supervisor's own, or those of the child `name`."""
+        for line in self.log_path.read_text().splitlines():
+            said_by, bar, rest = line.partition(" | ")
+            is_asked_for = said_by.strip() == name if bar else not name
+            text = rest if bar else line
+            if is_asked_for and text.startswith("{"):
+                yield json.loads(text)
+
+    async def restarted(self, name, old_pid, within_s=20.0):
+        """Waits until the supervisor says that a new `name` is ready; returns its pid."""
+
+        def new_pid() -> int:
+            pids = [
+                event["pid"]
+                for event in self.events()
+                if event["event"] == "child ready" and event["child"] == name
+            ]
+            return pids[-1] if pids[-1] != old_pid else 0
+
+        return await eventually(new_pid, within_s, f"{name} is ready again")
+
+    async def caught(
+        self, name: str, is_so: Callable[[NodeStat], bool], answer: Answer
+    ) -> NodeStat:
+        """Stops a child (SIGSTOP) at a moment when the node's books say `is_so`, during a request."""
+        child = self.child(name)
+        async with self.observing() as node:
+            while not answer.is_over:
+                child.suspend()
+                await node.stat()  # what it had sent before it stopped is now in the books
+                stat = await node.stat()
+                if is_so(stat):
+                    return stat
+                child.resume()
+                await asyncio.sleep(CAUGHT_LOOK_S)
+        raise AssertionError(f"the request was over before {name} was caught: {answer}")
+
+    # --- requests
+
+    @contextlib.asynccontextmanager
+    async def asking(
+        self, prompt: list[int], max_tokens: int, *, use_cache: bool = True, request_id: str = ""
+    ) -> AsyncIterator[Answer]:
+        """A streamed greedy completion under way; leaving the block hangs up."""
+        body = {
+            "model": self.model.name,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        headers = {"x-snowskin-stats": "1", "x-snowskin-cache": "on" if use_cache else "off"}
+        if request_id:
+            headers["x-request-id"] = request_id
+        answer = Answer()
+        task = asyncio.create_task(answer.read(f"http://{self.http_address}", body, headers))
+        try:
+            yield answer
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def ask(self, prompt: list[int], max_tokens: int, **options: Any) -> Answer:
+        """A whole answer."""
+        async with self.asking(prompt, max_tokens, **options) as answer:
+            return await answer.whole()
+
+    # --- what it holds
+
+    @contextlib.asynccontextmanager
+    async def observing(self) -> AsyncIterator[StoreClient]:
+        """A client of the node that only looks; gRPC clients share a session of the node's own."""
+        client = await StoreClient.connect(
+            self.node_address, client_name="observer", access=Access.READ
+        )
+        async with client:
+            yield client
+
+    async def held(self) -> Held:
+        """What node, conductor and engines hold now."""
+        async with AdminClient(self.conductor_address, timeout_s=2.0) as admin:
+            status = await admin.cluster_status()
+        async with self.observing() as node:
+            stat = await node.stat()
+        (pool,) = stat.pools
+        busy = [await _busy(instance.address) for instance in status.instances]
+        return Held(
+            capacity_nbytes=pool.capacity_nbytes,
+            unaccounted_nbytes=pool.capacity_nbytes - pool.free_nbytes - pool.committed_nbytes,
+            reserved_nbytes=pool.reserved_nbytes,
+            quarantined_nbytes=pool.quarantined_nbytes,
+            leased_nbytes=pool.leased_nbytes,
+            num_leases=stat.num_read_leases + stat.num_write_leases,
+            num_waiting=stat.num_waiting_matches + stat.num_waiting_reserves,
+            num_sessions=stat.num_sessions,
+            num_requests_running=status.num_requests_running,
+            engines_busy=tuple(busy),
+            num_fds={name: self.child(name).num_fds() for name in ("node-0", "conductor")},
+        )
+
+    async def settled(self, within_s=20.0):
+        """What it holds once every instance is ready, idle, and connected to its node."""
+
+        async def is_idle() -> Held | None:
+            with contextlib.suppress(SnowskinError, AssertionError, psutil.NoSuchProcess):
+                async with AdminClient(self.conductor_address, timeout_s=2.0) as admin:
+                    status = await admin.cluster_status()
+                states = [instance.state for instance in status.instances]
+                held = await self.held()
+                if states == ["ready"] * 2 and not any(held.engines_busy):
+                    return held
+            return None
+
+        return await eventually(is_idle, within_s, "every instance is ready and idle")
+
+    async def settles_at(self, before: Held, within_s: float) -> None:
+        """Fails unless the cluster comes to hold again what it held before."""
+        now: Held | None = None
+
+        async def is_back() -> bool:
+            nonlocal now
+            with contextlib.suppress(SnowskinError):
+                now = await self.held()
+                return now.kept_to(before)
+            return False
+
+        try:
+            await eventually(is_back, within_s)
+        except AssertionError:
+            raise AssertionError(f"it holds {now}, before it held {before}") from None
+
+
+def _found(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:
+    match = pattern.search(text)
+    assert match is not None, f"no {pattern.pattern!r} in {text!r}"
+    return match.groups()
+
+
+async def _busy(address: str) -> str:
+    """What an instance is busy with, or ""."""
+    channel = open_channel(address)
+    try:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        status = await stub.Status(engine_pb2.StatusRequest(), timeout=2.0, wait_for_ready=True)
+    finally:
+        await channel.close(None)
+    load = status.load
+    num_held = load.num_kv_blocks - load.num_kv_blocks_free
+    is_idle = (load.num_running, load.num_waiting, num_held) == (0, 0, 0)
+    if is_idle and status.node_connected:
+        return ""
+    return f"{status.instance_id}: {load}, node connected: {status.node_connected}"
