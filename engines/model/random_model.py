@@ -48,7 +48,7 @@ from snowskin.kvstore.errors import BadSetting
 
 STAMP_FILE = "random_model.json"
 # Part of the stamp: raise it when the same parameters would make other bytes.
-_FORMAT = 1
+_FORMAT = 2
 
 HIDDEN_GAIN = 1.9
 LOGIT_STD = 16.0
