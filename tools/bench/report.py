@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Literal, cast
 from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
+from snowskin.tools.bench.host import HostFacts  # noqa: TC001  pydantic reads the annotation
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from snowskin.tools.bench.host import HostFacts
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge}
 MAX_REPORT_NBYTES = 16 << 20  # a result file of more is not one of ours
