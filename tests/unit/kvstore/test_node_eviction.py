@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from snowskin.kvstore.errors import PoolExhausted
+from snowskin.kvstore.messages import Reserved
 from tests.support.node_driver import (
     BLOCK,
     OTHER_NAMESPACE,
@@ -135,7 +136,7 @@ def test_blocks_of_several_sizes_share_a_pool():
     writer = node.session()
     node.publish(writer, "a b c d")
     large = reserving("l", block_nbytes=2 * BLOCK, namespace=OTHER_NAMESPACE)
-    lease = lease_of(node.ask(writer, large, object))  # type: ignore[arg-type]
+    lease = lease_of(node.ask(writer, large, Reserved))
     assert node.probe(writer, "a b c d") == "xx.."
     node.commit(writer, lease, "l")
     assert node.books() == {"committed": 4}
