@@ -27,7 +27,7 @@ from snowskin.engines.messages import (
     PrefillStats,
     Prompt,
 )
-from snowskin.kvstore.rpc import call_metadata, open_channel, rpc_error_to_error
+from snowskin.kvstore.rpc import ERROR_HEADER, call_metadata, open_channel, rpc_error_to_error
 from snowskin.kvstore.wire import to_ms
 from snowskin.v1 import common_pb2, engine_pb2, engine_pb2_grpc
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from snowskin.engines.conductor.job import Sampling
     from snowskin.engines.conductor.view import InstanceView
 
+_DROPPED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _END: object = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 _PREFILL_STATS = tuple(PrefillStats.__dataclass_fields__)
 _DECODE_STATS = tuple(DecodeStats.__dataclass_fields__)
@@ -83,12 +84,14 @@ def _instance_errors(peer: str) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        translated = rpc_error_to_error(error, peer)
-        if error.code() is grpc.StatusCode.CANCELLED:
+        metadata: Any = error.trailing_metadata()  # pairs; the stubs do not know
+        said_why = any(key == ERROR_HEADER for key, _ in metadata or ())
+        if error.code() in _DROPPED and not said_why:
             raise InstanceLost(
-                f"{peer} ended the call: {error.details()}", hint="the request is tried elsewhere"
+                f"the call to {peer} broke off ({error.code().name}): {error.details()}",
+                hint="look at its log: it may have died, and is tried again when it reports",
             ) from error
-        raise translated from error
+        raise rpc_error_to_error(error, peer) from error
     except (grpc.aio.UsageError, asyncio.InvalidStateError) as error:
         raise InstanceLost(f"{peer}: the call is over already: {error}") from error
 

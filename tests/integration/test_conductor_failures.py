@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.support.conductors import conducting, events_of, make_tiny_model
-from tests.support.fake_engines import FakeEngine, continuation, tokens_of
+from tests.support.fake_engines import FakeEngine, continuation, serving_engine, tokens_of
 
 PROMPT = "hello"
 NUM_TOKENS = 40
@@ -111,6 +111,32 @@ async def test_retries_end_and_the_error_says_what_happened(model):
         assert "the fake is lost" in response.json()["error"]["message"]
         assert len(cluster["prefill-0"].prefills) == 3
         assert cluster.served.conductor.state.counts().num_failed == 1
+
+
+async def test_an_engine_that_is_not_there_any_more_is_a_clear_error(model):
+    async with conducting(model, [FakeEngine("decode-0")]) as cluster:
+        async with serving_engine(FakeEngine("prefill-0")) as gone:
+            await cluster.registrar.register(gone)
+        response = await cluster.complete(PROMPT)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "no_instance_ready"
+        async with serving_engine(FakeEngine("prefill-0")) as back:
+            await cluster.registrar.register(back, instance_epoch=2)
+            response = await cluster.complete(PROMPT, max_tokens=NUM_TOKENS)
+        assert response.json()["choices"][0]["text"] == bytes(TOKENS).decode()
+
+
+async def test_an_engine_that_is_stopped_in_the_middle_of_a_call_is_lost(model):
+    spare = FakeEngine("decode-0")
+    async with conducting(model, [FakeEngine("prefill-0")], instance_wait_s=10.0) as cluster:
+        stopped = FakeEngine("decode-0", ["hang after 3"])
+        async with serving_engine(stopped):
+            await cluster.registrar.register(stopped)
+            asking = asyncio.create_task(answered(cluster))
+            await stopped.busy.wait()
+        async with serving_engine(spare):
+            await cluster.registrar.register(spare, instance_epoch=2)
+            assert await asking == TOKENS
 
 
 async def test_what_an_engine_refuses_is_not_tried_elsewhere(model):

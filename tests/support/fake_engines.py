@@ -128,14 +128,17 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
 
     async def Decode(self, requests, context):  # noqa: N802
         async with self._call():
-            start = (await anext(requests)).start
+            message = await anext(requests, None)
+            if message is None:  # the caller has gone away
+                return
+            start = message.start
             self.starts.append(start)
             step = self.script.next()
             _fail(step)
             if step == "hang":
                 await asyncio.Event().wait()
             message = await anext(requests, None)
-            if message is None:  # the caller has gone away
+            if message is None:
                 return
             handoff = message.handoff
             tokens = [*tokens_of(start.prompt), handoff.first_token_id]
