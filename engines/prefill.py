@@ -180,7 +180,12 @@ class PrefillInstance:
                     self._runner.memory.zero(sequence.block_ids[-1])
                 drawn = await self._compute(sequence, publisher, tally)
             await publisher.finish()
-            tail_sent = has_tail and await publisher.publish_tail(sequence.block_ids[-1])
+            # A request that its first token ended has no decode that would read the tail.
+            tail_sent = (
+                has_tail
+                and not drawn.finish_reason
+                and await publisher.publish_tail(sequence.block_ids[-1])
+            )
         self.num_publish_failures += publisher.failed
         return PrefillResponse(
             handoff=Handoff(
