@@ -25,6 +25,11 @@ def one_piece(sensitive_model):
     return OnePiece(sensitive_model)
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session", autouse=True)
+async def _session_loop():
+    """The loop itself, before the leak guard of the first test that runs on it looks around."""
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def cluster(sensitive_model):
     async with exact_cluster(sensitive_model) as running:
