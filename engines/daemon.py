@@ -2,7 +2,8 @@
 
 Rules kept here: torch is imported after its threads are set, and only by a process that computes;
 what cannot work (model, settings, port) ends the start with one clear error; what may come back
-(node, conductor) never does. A drain refuses new requests and lets running ones finish.
+(node, conductor) never does, but `/healthz` is not ok while it is away. A drain refuses new requests
+and lets running ones finish.
 """
 
 from __future__ import annotations
@@ -165,15 +166,19 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
             )
         )
 
+        registration = _registration(settings, instance_id, server.address, engine)
+
         def check() -> tuple[bool, dict[str, object]]:
             facts = {"role": settings.role, "id": instance_id, "node_connected": link.connected}
-            return not engine.instance.draining, facts
+            if registration is not None:
+                facts["conductor_connected"] = registration.connected
+            is_whole = link.connected and (registration is None or registration.connected)
+            return is_whole and not engine.instance.draining, facts
 
         health = await stack.enter_async_context(
             HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
         )
         await _wait_for_node(link, settings.node)
-        registration = _registration(settings, instance_id, server.address, engine)
         if registration is not None:
             background.start(registration.run(), "registration")
         announce_ready(
@@ -278,7 +283,14 @@ def _load(settings: EngineSettings, config: ModelConfig) -> tuple[LlamaModel, Kv
             hint="raise kv_memory_nbytes, or lower chunk_tokens",
         )
     model = load_model(settings.model, dtype, settings.device)
-    memory = KvMemory(config, num_blocks, settings.block_size, dtype, settings.device)
+    try:
+        memory = KvMemory(config, num_blocks, settings.block_size, dtype, settings.device)
+    except RuntimeError as error:  # torch's word for no memory
+        raise BadSetting(
+            f"kv_memory_nbytes {format_nbytes(settings.kv_memory_nbytes)} is more than this host "
+            "gives",
+            hint="lower kv_memory_nbytes",
+        ) from error
     revision = settings.weights_revision or fingerprint(settings.model).hex()
     return model, memory, revision
 

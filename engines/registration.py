@@ -27,12 +27,17 @@ log = get_logger(__name__)
 
 
 class Registration:
-    """Keeps one instance registered; `run` is a task of its process."""
+    """Keeps one instance registered; `run` is a task of its process.
+
+    Attributes:
+        connected: whether the conductor answered last, and knows the instance.
+    """
 
     def __init__(
         self, conductor: str, facts: conductor_pb2.RegisterRequest, instance: Instance
     ) -> None:
         """`facts` is what Register sends, the load apart."""
+        self.connected = False
         self._conductor = conductor
         self._facts = facts
         self._instance = instance
@@ -53,8 +58,10 @@ class Registration:
                             interval_s = await self._register(stub)
                         elif not await self._report(stub):
                             interval_s = None
+                            self.connected = False
                             continue
                 except SnowskinError as error:
+                    self.connected = False
                     if not is_lost:
                         log.warning("conductor unreachable", error=str(error))
                     is_lost = True
@@ -63,6 +70,7 @@ class Registration:
                     if is_lost:
                         log.info("conductor back", conductor=self._conductor)
                     is_lost = False
+                    self.connected = True
                     await self._pause(interval_s)
         finally:
             await channel.close(None)

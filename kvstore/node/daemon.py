@@ -108,7 +108,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             return not state.draining, {"role": "node", "id": state.node_id, "door": str(path)}
 
         health = await stack.enter_async_context(
-            HealthServer(settings.host, settings.http_port, check=check)
+            HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
         )
         announce_ready(
             settings,
@@ -126,7 +126,7 @@ async def _drain(shell: NodeShell, drain_s: float) -> None:
     shell.drain()
     deadline_s = shell.clock.now_s() + drain_s
     # A look every 20 ms, once in the node's life: not worth a hook in the state machine.
-    while not shell.state.is_idle() and shell.clock.now_s() < deadline_s:  # noqa: ASYNC110
+    while not shell.is_idle() and shell.clock.now_s() < deadline_s:  # noqa: ASYNC110
         await asyncio.sleep(DRAIN_LOOK_S)
     stat = shell.state.stat()
     log.info("drained", read_leases=stat.num_read_leases, write_leases=stat.num_write_leases)

@@ -339,8 +339,10 @@ async def until_running(stub):
                 return
 
 
-async def test_health_says_who_it_is_and_whether_its_node_answers():
+async def test_health_says_who_it_is_and_whether_node_and_conductor_answer():
     async with pair() as engines, httpx.AsyncClient() as client:
+        # Two reports later the first answer of the conductor has surely been read.
+        await until(lambda: len(engines.conductor.reports) >= 4)
         answer = await client.get(f"http://{engines.prefill.facts['http_address']}/healthz")
         assert answer.status_code == 200
         assert answer.json() == {
@@ -348,6 +350,7 @@ async def test_health_says_who_it_is_and_whether_its_node_answers():
             "role": "prefill",
             "id": "prefill-0",
             "node_connected": True,
+            "conductor_connected": True,
         }
 
 

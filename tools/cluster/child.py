@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snowskin.tools.cluster.errors import ChildFailed
+from snowskin.tools.cluster.errors import ChildFailed, ChildRefused
 
 MAX_READY_NBYTES = 64 << 10
 NUM_TAIL_LINES = 20
 MAX_LINE_NBYTES = 16 << 10
+EXIT_REFUSED = 2  # as every role's process ends where its settings cannot work
 _READ_NBYTES = 64 << 10
 
 Forward = Callable[[str], None]
@@ -256,6 +257,7 @@ class Child:
         """Waits for the ready line.
 
         Raises:
+            ChildRefused: it exited because its settings cannot work.
             ChildFailed: it exited, closed the pipe without a line, or said nothing for `timeout_s`.
         """
         await asyncio.wait(
@@ -272,7 +274,8 @@ class Child:
         else:
             what = f"said nothing for {timeout_s:.0f} s"
         tail = "".join(f"\n    {line}" for line in self.tail())
-        raise ChildFailed(f"{self.name} {what}{tail}")
+        refused = self.exited.done() and self.exited.result() == EXIT_REFUSED
+        raise (ChildRefused if refused else ChildFailed)(f"{self.name} {what}{tail}")
 
     async def stop(self, *, drain_s: float, hurry: asyncio.Future[None]) -> int:
         """Ends the process: SIGTERM, and SIGKILL after `drain_s` or as soon as `hurry` is done.

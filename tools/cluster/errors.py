@@ -15,6 +15,12 @@ class ChildFailed(SnowskinError):
     status = "UNAVAILABLE"
 
 
+class ChildRefused(ChildFailed):
+    """A child process refused its settings (exit status 2): a start with the same ones fails again."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class ChildGivenUp(SnowskinError):
     """A child process died too often in a row to be restarted once more."""
 
