@@ -15,88 +15,30 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snowskin.engines.model.random_model import make_random_model
 from tests.support.engine_bench import prompt_tokens
-from tests.support.up_process import LOOK_S, Answer, Held, UpProcess, eventually
+from tests.support.up_process import (
+    BLOCK_SIZE,
+    GRACE_S,
+    LEASE_S,
+    LOOK_S,
+    SETTLE_S,
+    Answer,
+    Held,
+    UpProcess,
+    assert_exact,
+    eventually,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from snowskin.kvstore.messages import NodeStat
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
-LEASE_S = GRACE_S = 1.0
-# Beyond lease and grace: instances report, and the conductor lets old connections go, once a second.
-SETTLE_S = LEASE_S + GRACE_S + 3.0
 RESTART_S = 5.0
 REGISTER_S = 2.0
-BLOCK_SIZE = 16
-SETTINGS = f"""
-[node]
-read_lease_s = {LEASE_S}
-write_lease_s = {LEASE_S}
-grace_s = {GRACE_S}
-"""
-FLAGS = (
-    *("--dram-nbytes", "256MiB", "--kv-memory-nbytes", "128MiB"),
-    *("--block-size", str(BLOCK_SIZE), "--chunk-tokens", str(2 * BLOCK_SIZE), "--threads", "1"),
-)  # fmt: skip
 # Its prefill takes a second and a half on one core, in 80 chunks: something to be killed in.
 LONG, SHORT = 2_570, 300
 NUM_TOKENS = 40
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_random_model(
-        tmp_path_factory.mktemp("models") / "random",
-        layers=6,
-        hidden=384,
-        heads=6,
-        kv_heads=3,
-        head_dim=64,
-        intermediate=1152,
-        max_position=4096,
-    )
-
-
-@pytest.fixture(scope="module")
-def monolith(model):
-    from snowskin.tools.cluster.monolith import Monolith
-
-    return Monolith(model)
-
-
-@pytest.fixture(scope="module")
-def up(model, tmp_path_factory):
-    with UpProcess(model, tmp_path_factory.mktemp("up"), *FLAGS, settings=SETTINGS) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def seeds():
-    """No two requests of this module have a block in common."""
-    return iter(range(1_000))
-
-
-@pytest.fixture
-async def before(up, seeds) -> AsyncIterator[Held]:
-    """The cluster's state before anything is done to it; every connection that will be is made."""
-    await up.settled()
-    await up.ask(prompt_tokens(SHORT, next(seeds)), 4)
-    held = await up.settled()
-    assert held.unaccounted_nbytes == 0
-    assert (held.num_leases, held.num_waiting, held.leased_nbytes) == (0, 0, 0)
-    yield held
-    up.resume_all()  # a test that failed may have left one frozen
-
-
-def assert_exact(monolith, prompt: list[int], answer: Answer, num_tokens: int = NUM_TOKENS) -> None:
-    assert len(answer.token_ids) == num_tokens
-    assert answer.finish_reason == "length"
-    agreement = monolith.compare(prompt, answer.token_ids, stopped=False)
-    assert agreement.num_wrong == 0, agreement.differences
 
 
 async def assert_well(up, monolith, before: Held, seeds) -> None:
@@ -104,9 +46,9 @@ async def assert_well(up, monolith, before: Held, seeds) -> None:
     await up.settled()
     await up.settles_at(before, SETTLE_S)
     prompt = prompt_tokens(SHORT, next(seeds))
-    assert_exact(monolith, prompt, await up.ask(prompt, NUM_TOKENS))
+    assert_exact(monolith, prompt, await up.ask(prompt, NUM_TOKENS), NUM_TOKENS)
     again = await up.ask(prompt, NUM_TOKENS)
-    assert_exact(monolith, prompt, again)
+    assert_exact(monolith, prompt, again, NUM_TOKENS)
     assert again.num_cached_tokens == (SHORT - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
@@ -126,10 +68,9 @@ def start_up_s(up: UpProcess, name: str, pid: int) -> float:
     return when(ready) - when(died) - waited_ns / 1e9
 
 
-async def assert_restarted(up: UpProcess, name: str, old_pid: int) -> int:
+async def assert_restarted(up: UpProcess, name: str, old_pid: int) -> None:
     pid = await up.restarted(name, old_pid)
     assert start_up_s(up, name, pid) <= RESTART_S
-    return pid
 
 
 def is_publishing(stat: NodeStat) -> bool:
@@ -157,7 +98,7 @@ async def test_a_prefill_killed_in_the_middle_of_a_publish(up, monolith, before,
         assert answer.token_ids == []
         old_pid = up.kill("prefill-0")
         await answer.whole()
-    assert_exact(monolith, prompt, answer)
+    assert_exact(monolith, prompt, answer, NUM_TOKENS)
     assert answer.stats["num_prefill_retries"] == 1
     # What the dead one had committed was not computed again.
     assert answer.num_cached_tokens >= 10 * BLOCK_SIZE
@@ -172,7 +113,7 @@ async def test_a_decode_killed_in_the_middle_of_a_pull(up, monolith, before, see
         assert answer.token_ids == []
         old_pid = up.kill("decode-0")
         await answer.whole()
-    assert_exact(monolith, prompt, answer)
+    assert_exact(monolith, prompt, answer, NUM_TOKENS)
     assert answer.stats["num_decode_retries"] == 1
     await assert_restarted(up, "decode-0", old_pid)
     await assert_well(up, monolith, before, seeds)
@@ -197,7 +138,7 @@ async def test_a_node_killed_while_it_is_written_and_read(up, monolith, before, 
         await committing(up, 10, answer)
         old_pid = up.kill("node-0")
         await answer.whole()
-    assert_exact(monolith, prompt, answer)
+    assert_exact(monolith, prompt, answer, NUM_TOKENS)
     await up.restarted("node-0", old_pid)
     await assert_well(up, monolith, before, seeds)
 
@@ -231,7 +172,7 @@ async def test_a_prefill_frozen_for_longer_than_its_lease(up, monolith, before, 
             assert (await node.stat()).pools[0].quarantined_nbytes > 0
         up.child("prefill-0").resume()
         await answer.whole()
-    assert_exact(monolith, prompt, answer)
+    assert_exact(monolith, prompt, answer, NUM_TOKENS)
     assert answer.stats["num_prefill_retries"] == 0
     await assert_well(up, monolith, before, seeds)
 

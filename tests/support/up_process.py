@@ -36,7 +36,20 @@ if TYPE_CHECKING:
 
     from snowskin.kvstore.messages import NodeStat
 
-START_S = 60.0
+LEASE_S = GRACE_S = 1.0
+# Beyond lease and grace: instances report, and the conductor lets old connections go, once a second.
+SETTLE_S = LEASE_S + GRACE_S + 3.0
+BLOCK_SIZE = 16
+SHORT_LEASES = f"""
+[node]
+read_lease_s = {LEASE_S}
+write_lease_s = {LEASE_S}
+grace_s = {GRACE_S}
+"""
+FLAGS = (
+    *("--dram-nbytes", "256MiB", "--kv-memory-nbytes", "128MiB"),
+    *("--block-size", str(BLOCK_SIZE), "--chunk-tokens", str(2 * BLOCK_SIZE), "--threads", "1"),
+)
 END_S = 30.0
 LOOK_S = 0.02
 REQUEST_S = 60.0
@@ -148,6 +161,14 @@ class Answer:
         finally:
             async with self.changed:
                 self.changed.notify_all()
+
+
+def assert_exact(monolith, prompt: list[int], answer: Answer, num_tokens: int) -> None:
+    """The answer is whole, and what the model in one piece says: no token twice, none missing."""
+    assert len(answer.token_ids) == num_tokens
+    assert answer.finish_reason == "length"
+    agreement = monolith.compare(prompt, answer.token_ids, stopped=False)
+    assert agreement.num_wrong == 0, agreement.differences
 
 
 class UpProcess:
