@@ -101,9 +101,9 @@ class RunningChecksums:
     def mismatches(self, namespace: bytes, packed: bytes, width: int, expected: bytes) -> list[int]:
         """Indices of blocks whose record is not the expected one; a block that did not pass whole is one."""
         found = self.records(namespace, packed, width)
-        wanted = np.frombuffer(expected, _RECORD)
-        if len(found) == len(wanted) and bool((found == wanted).all()):
+        if found.tobytes() == expected:
             return []
+        wanted = np.frombuffer(expected, _RECORD)
         common = min(len(found), len(wanted))
         wrong = np.flatnonzero(found[:common] != wanted[:common]).tolist()
         return [*wrong, *range(common, max(len(found), len(wanted)))]

@@ -6,15 +6,17 @@ Rules kept here: nothing in this file knows protobuf, sockets or clocks. Times t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from typing import TYPE_CHECKING, NewType
+
+from snowskin.kvstore.value import value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from snowskin.kvstore.blocks import KeyColumn
-    from snowskin.kvstore.segment import Extent
+    from snowskin.kvstore.extent import Extent
     from snowskin.transport.errors import SnowskinError
 
 SessionId = NewType("SessionId", int)
@@ -38,7 +40,7 @@ class Access(IntEnum):
     WRITE = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Run:
     """Blocks `first_block_index .. + num_blocks` of a key column, contiguous in `extent`."""
 
@@ -48,7 +50,7 @@ class Run:
     shard_index: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Lease:
     """A time-bounded right, as granted: its holder counts `ttl_s` from when it sent the request."""
 
@@ -60,7 +62,7 @@ class Lease:
 # --- requests
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class TailSpec:
     """The partial last block of one request: `nbytes`, for the one reader that names `request_id`."""
 
@@ -68,7 +70,7 @@ class TailSpec:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class ReserveRequest:
     """Room for the blocks of `keys` (or for a tail) that are new to the node."""
 
@@ -82,7 +84,7 @@ class ReserveRequest:
     timeout_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class CommitRequest:
     """The next `num_blocks` new blocks of a reservation are complete; `checksums` has 4 bytes for each."""
 
@@ -91,14 +93,14 @@ class CommitRequest:
     checksums: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class AbortRequest:
     """Nothing more will be written under this lease."""
 
     lease_id: LeaseId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class ProbeRequest:
     """What of `keys` is committed in every one of `namespaces`; without a lease."""
 
@@ -106,7 +108,7 @@ class ProbeRequest:
     keys: KeyColumn
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class MatchRequest:
     """The longest gapless run of `keys` in all `namespaces` (or a tail), under a read lease."""
 
@@ -119,7 +121,7 @@ class MatchRequest:
     tail_request_id: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class RenewRequest:
     """Prolong leases by `ttl_s` from now."""
 
@@ -127,7 +129,7 @@ class RenewRequest:
     ttl_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Complaint:
     """Blocks of a leased match whose bytes were not what was committed under their keys."""
 
@@ -135,7 +137,7 @@ class Complaint:
     block_indices: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class ReleaseRequest:
     """The holder reads no more under these leases."""
 
@@ -143,7 +145,7 @@ class ReleaseRequest:
     complaints: tuple[Complaint, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class StatRequest:
     """Counts and sizes of the node."""
 
@@ -162,7 +164,7 @@ Request = (
 # --- replies
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Reserved:
     """Writable runs in prefix order; `lease` is None where nothing was new."""
 
@@ -170,7 +172,7 @@ class Reserved:
     runs: tuple[Run, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Committed:
     """Blocks that another writer had committed first, and how many are still to come."""
 
@@ -178,14 +180,14 @@ class Committed:
     num_blocks_left: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Aborted:
     """Bytes that are free again."""
 
     freed_nbytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Probed:
     """Gapless run from the first key, and a bit for each key (least significant first)."""
 
@@ -194,7 +196,7 @@ class Probed:
     node_epoch: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Matched:
     """Leased runs by shard; `checksums` has a column for each shard, 4 bytes a block."""
 
@@ -206,21 +208,21 @@ class Matched:
     node_epoch: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Renewed:
     """Seconds of life from now on, in the order of the request; 0 where the lease is gone."""
 
     ttl_s: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Released:
     """How many of the leases were unknown or had expired."""
 
     num_unknown: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class PoolStat:
     """One pool: capacity = free + committed + reserved + quarantined, always."""
 
@@ -236,7 +238,7 @@ class PoolStat:
     leased_nbytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class NodeStat:
     """Counts and sizes of one node at one moment."""
 
@@ -258,7 +260,7 @@ ReplyMessage = Reserved | Committed | Aborted | Probed | Matched | Renewed | Rel
 # --- effects of the node's state machine
 
 
-@dataclass(frozen=True, slots=True)
+@value(kw_only=False)
 class Reply:
     """Answer the call."""
 
@@ -267,7 +269,7 @@ class Reply:
     message: ReplyMessage
 
 
-@dataclass(frozen=True, slots=True)
+@value(kw_only=False)
 class Fail:
     """Answer the call with an error."""
 
@@ -281,7 +283,7 @@ Effect = Reply | Fail
 # --- greeting of the local door
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class PoolGrant:
     """A pool that a session maps: `region` is the transport's descriptor of it."""
 
@@ -291,7 +293,7 @@ class PoolGrant:
     region: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Greeting:
     """What the node says of itself when a session opens."""
 

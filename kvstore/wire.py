@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.errors import BadRequest, ProtocolViolation, from_reason
+from snowskin.kvstore.extent import Extent
 from snowskin.kvstore.messages import (
     Aborted,
     AbortRequest,
@@ -44,7 +45,6 @@ from snowskin.kvstore.messages import (
     TailSpec,
     WakeReason,
 )
-from snowskin.kvstore.segment import Extent
 from snowskin.v1 import common_pb2, door_pb2, store_pb2
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ _MessageT = TypeVar("_MessageT", bound=Message)
 
 def to_ms(seconds: float) -> int:
     """Relative milliseconds, rounded up: a wait is never shortened to nothing."""
-    return math.ceil(min(max(seconds, 0.0), MAX_TIMEOUT_S) * 1000)
+    # Less a nanosecond: 1.001 s is 1,000.9999999999999 or 1,001.0000000000001 ms to a float.
+    return max(0, math.ceil(min(seconds, MAX_TIMEOUT_S) * 1000 - 1e-6))
 
 
 def parse(kind: type[_MessageT], data: bytes | memoryview) -> _MessageT:
@@ -363,10 +364,16 @@ def _set_stat(message: store_pb2.StatResponse, stat: NodeStat) -> None:
 
 def _run_from(message: common_pb2.Run, node_id: str) -> Run:
     extent = message.extent
+    tier = TIER_NAMES.get(extent.tier)
+    if tier is None or not extent.nbytes:
+        raise ProtocolViolation(
+            f"an extent of {extent.nbytes} bytes in tier {extent.tier} came from node {node_id}",
+            hint="check the wire version",
+        )
     return Run(
         extent=Extent(
             node_id=node_id,
-            tier=TIER_NAMES.get(extent.tier, "dram"),
+            tier=tier,
             pool_id=extent.pool_id,
             offset=extent.offset,
             nbytes=extent.nbytes,

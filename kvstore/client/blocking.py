@@ -18,10 +18,10 @@ import grpc
 
 from snowskin.kvstore.client import machine
 from snowskin.kvstore.client.door_connection import (
-    MAX_POOLS,
+    MAX_DESCRIPTORS,
     RECV_NBYTES,
-    attach_pools,
     connect_socket,
+    map_granted,
 )
 from snowskin.kvstore.client.machine import (
     Call,
@@ -33,6 +33,7 @@ from snowskin.kvstore.client.machine import (
     Pulled,
     Step,
     Tell,
+    is_plain_release,
 )
 from snowskin.kvstore.client.rpc_connection import METHODS, Landing, check_local, chunks
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S, DOOR_PREFIX, MOVE_TIMEOUT_S
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from snowskin.kvstore.blocks import KeyColumn
-    from snowskin.transport.copying import AttachedMemory
 
 ResultT = TypeVar("ResultT", Published, Pulled)
 
@@ -366,7 +366,7 @@ class BlockingDoorConnection:
             greeting = None
             while greeting is None:
                 data, received, _, _ = socket.recv_fds(
-                    self._door, RECV_NBYTES, MAX_POOLS, socket.MSG_CMSG_CLOEXEC
+                    self._door, RECV_NBYTES, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
                 )
                 descriptors += received
                 if not data:
@@ -375,9 +375,7 @@ class BlockingDoorConnection:
                     )
                 greeting = self._conversation.greeted(data)
             taken, descriptors = descriptors, []
-            self._pools: dict[int, AttachedMemory] = attach_pools(
-                self._transport, greeting, taken, access
-            )
+            self._pools, self._board = map_granted(self._transport, greeting, taken, access)
         except BaseException as error:
             self._door.close()
             self._transport.close()
@@ -413,6 +411,8 @@ class BlockingDoorConnection:
 
     def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:
         """A call that wants no answer."""
+        if self.connected and is_plain_release(request) and self._board.post(lease.id):
+            return
         self._send(self._conversation.tell(request, request_id), CALL_TIMEOUT_S)
 
     def move(self, step: Move, *, request_id: str) -> None:
@@ -456,6 +456,7 @@ class BlockingDoorConnection:
             self.connected = False
             self._door.close()
             self._transport.close()
+            self._board.close()
 
     def _renew(self, lease: Lease) -> None:
         self.tell(

@@ -13,10 +13,11 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.client.machine import Conversation, Move, giving_back
+from snowskin.kvstore.client.machine import Conversation, Move, giving_back, is_plain_release
 from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
+from snowskin.kvstore.release_board import ReleaseBoard
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import SnowskinError, TransportClosed
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 # Not more: the C library takes fresh pages for larger buffers, on each call.
 RECV_NBYTES = 64 << 10
-MAX_POOLS = 64
+MAX_DESCRIPTORS = 64
 MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
 SETTLE_LOOK_S = 0.002
 CONNECT_LOOK_S = 0.01
@@ -79,24 +80,25 @@ def _not_connected(path: str, error: OSError) -> SnowskinError:
     )
 
 
-def attach_pools(
+def map_granted(
     transport: ShmTransport, greeting: Greeting, descriptors: list[int], access: Access
-) -> dict[int, AttachedMemory]:
-    """Maps the pools that a greeting grants; takes over and closes the descriptors."""
+) -> tuple[dict[int, AttachedMemory], ReleaseBoard]:
+    """Maps the pools that a greeting grants, and the release board; takes over and closes the descriptors."""
     try:
-        if len(descriptors) != len(greeting.pools):
+        if len(descriptors) != len(greeting.pools) + 1:
             raise NodeUnavailable(
-                f"{len(descriptors)} descriptors came for {len(greeting.pools)} pools",
+                f"{len(descriptors)} descriptors came for {len(greeting.pools)} pools and a board",
                 hint="raise the limit of open files (ulimit -n)",
             )
-        return {
+        pools = {
             pool.pool_id: transport.attach(
                 RegionDescriptor.from_bytes(pool.region),
                 fd=descriptor,
                 writable=access is Access.WRITE,
             )
-            for pool, descriptor in zip(greeting.pools, descriptors, strict=True)
+            for pool, descriptor in zip(greeting.pools, descriptors, strict=False)
         }
+        return pools, ReleaseBoard(descriptors[-1])
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -111,6 +113,7 @@ class DoorConnection:
         conversation: Conversation,
         transport: ShmTransport,
         pools: dict[int, AttachedMemory],
+        board: ReleaseBoard,
     ) -> None:
         """Use `open`."""
         assert conversation.greeting is not None, "a connection begins after the greeting"
@@ -120,6 +123,7 @@ class DoorConnection:
         self._conversation = conversation
         self._transport = transport
         self._pools = pools
+        self._board = board
         self._waiting: dict[int, asyncio.Future[ReplyMessage]] = {}
         self._unsent = bytearray()
         self._open = True
@@ -149,8 +153,8 @@ class DoorConnection:
                         )
                     greeting = conversation.greeted(data)
             taken, descriptors = descriptors, []
-            pools = attach_pools(transport, greeting, taken, access)
-            return cls(door, conversation, transport, pools)
+            pools, board = map_granted(transport, greeting, taken, access)
+            return cls(door, conversation, transport, pools, board)
         except BaseException as error:
             door.close()
             transport.close()
@@ -193,6 +197,8 @@ class DoorConnection:
 
     def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:
         """A call that wants no answer."""
+        if self._open and is_plain_release(request) and self._board.post(lease.id):
+            return
         self._send(self._conversation.tell(request, request_id))
 
     async def move(self, step: Move, *, request_id: str) -> None:
@@ -335,6 +341,7 @@ class DoorConnection:
         self._loop.remove_writer(self._door.fileno())
         self._door.close()
         self._transport.close()
+        self._board.close()
         for call_id in list(self._waiting):
             lost = NodeUnavailable(
                 f"the connection to node {self.node_id} ended: {reason}", hint="connect again"
@@ -348,7 +355,7 @@ async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[in
     while True:
         try:
             data, descriptors, _, _ = socket.recv_fds(
-                door, RECV_NBYTES, MAX_POOLS, socket.MSG_CMSG_CLOEXEC
+                door, RECV_NBYTES, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             readable: asyncio.Future[None] = loop.create_future()

@@ -9,7 +9,6 @@ blocking driver cannot differ in what they do, only in how they wait. Whatever e
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snowskin.kvstore.checksum import RunningChecksums
@@ -41,6 +40,7 @@ from snowskin.kvstore.messages import (
     TailSpec,
     WakeReason,
 )
+from snowskin.kvstore.value import value
 from snowskin.kvstore.wire import (
     EMPTY_KEYS,
     detail_to_error,
@@ -145,6 +145,15 @@ class Conversation:
         return frame(envelope.SerializeToString())
 
 
+def is_plain_release(request: Request) -> bool:
+    """Whether all there is to say is that one read lease is done with: a release board can say it."""
+    return (
+        isinstance(request, ReleaseRequest)
+        and not request.complaints
+        and len(request.lease_ids) == 1
+    )
+
+
 def giving_back(answer: object) -> ReleaseRequest | AbortRequest | None:
     """The request that ends the lease which came with an answer; None where none came."""
     match answer:
@@ -158,7 +167,7 @@ def giving_back(answer: object) -> ReleaseRequest | AbortRequest | None:
 # --- flows
 
 
-@dataclass(frozen=True, slots=True)
+@value(kw_only=False)
 class Call:
     """Step: ask the node; the result is its reply. `lease` is the one that the request is under."""
 
@@ -167,7 +176,7 @@ class Call:
     lease: Lease | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(kw_only=False)
 class Tell:
     """Step: say something that needs no answer; a failure to say it is not an error."""
 
@@ -175,7 +184,7 @@ class Tell:
     lease: Lease
 
 
-@dataclass(frozen=True, slots=True)
+@value(kw_only=False)
 class Move:
     """Step: copy bytes under a lease. `runs` are in the order of the lease's blocks, by pool."""
 
@@ -190,7 +199,7 @@ class Move:
 Step = Call | Tell | Move
 
 
-@dataclass(frozen=True, slots=True)
+@value(kw_only=False)
 class Done:
     """Result of a step: the reply of a Call, when the step began and ended on the holder's clock."""
 
@@ -199,7 +208,7 @@ class Done:
     ended_at_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Published:
     """What a publish did; blocks that were there before, or that another writer committed first, moved nothing new."""
 
@@ -209,7 +218,7 @@ class Published:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class Pulled:
     """What a pull brought: `num_blocks` good blocks, gapless from the first key.
 
@@ -230,7 +239,7 @@ PublishFlow = Generator[Step, Done, Published]
 PullFlow = Generator[Step, Done, Pulled]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value()
 class FlowSettings:
     """What flows need to know of their client."""
 

@@ -281,6 +281,7 @@ class _Connection:
                 arena = self._shell.arenas[pool.pool_id]
                 is_writer = access is Access.WRITE
                 descriptors.append(arena.open_read_write() if is_writer else arena.open_read_only())
+            descriptors.append(self._shell.open_board(self._session))
             data = frame(response.SerializeToString())
             # A fresh socket's buffer takes a greeting whole; the descriptors go with its first byte.
             sent = socket.send_fds(self._socket, [data], descriptors)

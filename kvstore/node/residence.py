@@ -12,9 +12,9 @@ from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from snowskin.kvstore.extent import Extent
 from snowskin.kvstore.index.block_index import BlockEntry, BlockId, BlockIndex, PlacedSegment, Scope
 from snowskin.kvstore.pool.pool import Pool, Use
-from snowskin.kvstore.segment import Extent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

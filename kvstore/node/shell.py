@@ -15,12 +15,17 @@ from snowskin.kvstore.messages import (
     Effect,
     Fail,
     Greeting,
+    LeaseId,
     PoolGrant,
+    ReleaseRequest,
     Reply,
     ReplyMessage,
     Request,
+    ReserveRequest,
     SessionId,
+    StatRequest,
 )
+from snowskin.kvstore.release_board import ReleaseBoard, make_descriptor
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.memory import Memfd, MemoryRegion
 from snowskin.transport.shm import ShmTransport
@@ -35,6 +40,9 @@ if TYPE_CHECKING:
 Answer = Callable[[int, "ReplyMessage | SnowskinError"], None]
 """Called as `answer(call_id, reply or error)`."""
 
+# While somebody waits for room, what readers leave on their boards is looked for this often.
+BOARD_LOOK_S = 0.002
+
 log = get_logger(__name__)
 
 
@@ -47,6 +55,7 @@ class NodeShell:
         self.arenas = arenas
         self.clock = clock
         self._answers: dict[SessionId, Answer] = {}
+        self._boards: dict[SessionId, ReleaseBoard] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = 0.0
         self._transport = ShmTransport()
@@ -65,13 +74,30 @@ class NodeShell:
         """A client is gone."""
         if self._answers.pop(session.id, None) is None:
             return
+        if (board := self._boards.pop(session.id, None)) is not None:
+            board.close()
         log.info("session ended", session=session.id, client=session.client_name)
         self._carry_out(self.state.end_session(session.id, self.clock.now_s()))
 
     def request(self, session_id: SessionId, call_id: int, request: Request) -> None:
         """One call; its answer comes by the session's `answer`, now or later."""
-        effects = self.state.on_request(session_id, call_id, request, self.clock.now_s())
-        self._carry_out(effects)
+        now_s = self.clock.now_s()
+        if isinstance(request, ReserveRequest | StatRequest):
+            self._read_boards(now_s)
+        elif (board := self._boards.get(session_id)) is not None:
+            self._read_board(session_id, board, now_s)
+        self._carry_out(self.state.on_request(session_id, call_id, request, now_s))
+
+    def open_board(self, session: Session) -> int:
+        """The descriptor of a new release board of this session; the caller closes it."""
+        descriptor = make_descriptor()
+        self._boards[session.id] = ReleaseBoard(descriptor)
+        return descriptor
+
+    def is_idle(self) -> bool:
+        """Whether no lease is out."""
+        self._read_boards(self.clock.now_s())
+        return self.state.is_idle()
 
     def cancel(self, session_id: SessionId, call_id: int) -> None:
         """Nobody waits for this call any more."""
@@ -110,6 +136,9 @@ class NodeShell:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        for board in self._boards.values():
+            board.close()
+        self._boards.clear()
         for region in self._regions.values():
             region.close()
         self._transport.close()
@@ -122,6 +151,18 @@ class NodeShell:
             return self._transport.register(Memfd(fd=descriptor), writable=False)
         finally:
             os.close(descriptor)
+
+    def _read_boards(self, now_s: float) -> None:
+        for session_id, board in list(self._boards.items()):
+            self._read_board(session_id, board, now_s)
+
+    def _read_board(self, session_id: SessionId, board: ReleaseBoard, now_s: float) -> None:
+        if released := board.take():
+            request = ReleaseRequest(lease_ids=tuple(LeaseId(number) for number in released))
+            # Its own answer (call 0) nobody wants; what else comes of it are calls that waited for the room.
+            _, *served = self.state.on_request(session_id, 0, request, now_s)
+            if served:
+                self._carry_out(served)
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -139,6 +180,8 @@ class NodeShell:
         due_s = self.state.next_time_s()
         if due_s is None:
             return
+        if self._boards and self.state.has_waiting_reserves:
+            due_s = min(due_s, self.clock.now_s() + BOARD_LOOK_S)
         if self._timer is not None:
             if self._timer_at_s <= due_s:
                 return  # it will find this one later, and arm itself again
@@ -149,4 +192,6 @@ class NodeShell:
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._carry_out(self.state.on_time(self.clock.now_s()))
+        now_s = self.clock.now_s()
+        self._read_boards(now_s)  # what is released there must not be seen to run out
+        self._carry_out(self.state.on_time(now_s))

@@ -270,6 +270,11 @@ class NodeState:
             draining=self.draining,
         )
 
+    @property
+    def has_waiting_reserves(self) -> bool:
+        """Whether somebody waits for room."""
+        return len(self._writing.waiting) > 0
+
     def is_idle(self) -> bool:
         """Whether no lease is out: a draining node may end."""
         return len(self._reading.leases) == 0 and len(self._writing.leases) == 0

@@ -331,4 +331,4 @@ def lease_of(answer: Reserved | Matched) -> LeaseId:
 
 def ranges(answer: Reserved | Matched) -> list[tuple[int, int]]:
     """(first byte, last byte + 1) of each run."""
-    return [(run.extent.offset, run.extent.end) for run in answer.runs]
+    return [(run.extent.offset, run.extent.offset + run.extent.nbytes) for run in answer.runs]
