@@ -1,0 +1,77 @@
+"""A socket on a local door without our client behind it: says anything, and tells what came back."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from snowskin.kvstore.frames import FrameReader, frame
+from snowskin.kvstore.messages import WIRE_VERSION
+from snowskin.kvstore.wire import detail_to_error
+from snowskin.v1 import door_pb2
+
+PATIENCE_S = 5.0
+
+
+class RawDoor:
+    """One connection; `with` closes it."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(PATIENCE_S)
+        self._socket.connect(address.removeprefix("unix:"))
+        self._reader = FrameReader()
+        self._responses = []
+        self.ended = False
+
+    def __enter__(self) -> RawDoor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Bytes as they are; a node that has cut us off already is no error here."""
+        try:
+            self._socket.sendall(data)
+        except (BrokenPipeError, ConnectionResetError):
+            self.ended = True
+
+    def say(self, request: door_pb2.DoorRequest) -> None:
+        """One request in its frame."""
+        self.send(frame(request.SerializeToString()))
+
+    def hello(self, *, wire_version: int = WIRE_VERSION, access: int = 0) -> door_pb2.DoorResponse:
+        """The greeting; its descriptors are closed."""
+        request = door_pb2.DoorRequest(call_id=1)
+        request.hello.wire_version = wire_version
+        request.hello.client_name = "raw"
+        request.hello.access = access or door_pb2.POOL_ACCESS_WRITE
+        self.say(request)
+        return self.response()
+
+    def response(self) -> door_pb2.DoorResponse | None:
+        """The next one; None where the node closed the connection."""
+        while not self._responses:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 8)
+            except ConnectionResetError:
+                data, descriptors = b"", []
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if not data:
+                self.ended = True
+                return None
+            for payload in self._reader.feed(data):
+                response = door_pb2.DoorResponse()
+                response.ParseFromString(payload)
+                self._responses.append(response)
+        return self._responses.pop(0)
+
+    def error(self):
+        """The error that comes next, as a client would raise it."""
+        response = self.response()
+        if response is None:
+            return None
+        assert response.WhichOneof("response") == "error", response
+        return detail_to_error(response.error)
