@@ -63,8 +63,10 @@ _MessageT = TypeVar("_MessageT", bound=Message)
 
 def to_ms(seconds: float) -> int:
     """Relative milliseconds, rounded up: a wait is never shortened to nothing."""
-    # Less a nanosecond: 1.001 s is 1,000.9999999999999 or 1,001.0000000000001 ms to a float.
-    return max(0, math.ceil(min(seconds, MAX_TIMEOUT_S) * 1000 - 1e-6))
+    if seconds <= 0:
+        return 0
+    # Less a nanosecond: to a float, 1.001 s may be 1,001.0000000000001 ms.
+    return max(1, math.ceil(min(seconds, MAX_TIMEOUT_S) * 1000 - 1e-6))
 
 
 def parse(kind: type[_MessageT], data: bytes | memoryview) -> _MessageT:

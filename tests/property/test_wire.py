@@ -13,6 +13,7 @@ from snowskin.kvstore import errors
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.checksum import CHECKSUM_NBYTES
 from snowskin.kvstore.client.machine import Conversation
+from snowskin.kvstore.extent import Extent
 from snowskin.kvstore.frames import HEADER_NBYTES, MAX_FRAME_NBYTES, FrameReader, frame
 from snowskin.kvstore.messages import (
     WIRE_VERSION,
@@ -43,7 +44,6 @@ from snowskin.kvstore.messages import (
     WakeReason,
 )
 from snowskin.kvstore.rpc import ERROR_HEADER, rpc_error_to_error
-from snowskin.kvstore.segment import Extent
 from snowskin.kvstore.wire import (
     detail_to_error,
     error_to_detail,
