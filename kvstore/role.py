@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -72,6 +73,9 @@ class Stop:
 
 def announce_ready(settings: RoleSettings, **facts: str | int) -> None:
     """Tells the supervisor (and the log) where this role listens; once, when it serves."""
+    # What start-up made stays to the end: the collector need not walk it again, in the middle of a call.
+    gc.collect()
+    gc.freeze()
     log.info("ready", **facts)
     if settings.ready_fd < 0:
         return

@@ -26,6 +26,10 @@ class PlacedSegment:
 
     `num_leases` counts the leases (read, or write naming it as a parent) over any of its blocks: while it is not 0,
     no byte of the segment is freed. `doomed` are ranges to free when it becomes 0.
+
+    While the visible blocks are its first ones without a gap (they nearly always are: commits come in order, and
+    eviction takes leaves first), `entries` has them in order and `packed_keys` their keys, so that a run is matched
+    by one comparison. Once there is a gap, `is_whole` is false for good, and blocks are matched one by one.
     """
 
     pool_id: int
@@ -36,6 +40,41 @@ class PlacedSegment:
     num_leases: int = 0
     num_committed: int = 0
     doomed: list[tuple[int, int]] = field(default_factory=list)
+    is_whole: bool = True
+    entries: list[BlockEntry] = field(default_factory=list)
+    packed_keys: bytearray = field(default_factory=bytearray)
+
+    def position(self, entry: BlockEntry) -> int:
+        """Index of one of its blocks."""
+        return (entry.offset - self.offset) // self.block_nbytes
+
+    def note_visible(self, entry: BlockEntry) -> None:
+        """A block of it came into the index."""
+        num_bytes = len(self.packed_keys)
+        if not self.is_whole:
+            return
+        if self.position(entry) == len(self.entries) and num_bytes == len(entry.key) * len(
+            self.entries
+        ):
+            self.entries.append(entry)
+            self.packed_keys += entry.key
+        else:
+            self._break()
+
+    def note_gone(self, entry: BlockEntry) -> None:
+        """A block of it left the index."""
+        if not self.is_whole:
+            return
+        if self.entries and self.entries[-1] is entry:
+            self.entries.pop()
+            del self.packed_keys[-len(entry.key) :]
+        else:
+            self._break()
+
+    def _break(self) -> None:
+        self.is_whole = False
+        self.entries.clear()
+        self.packed_keys.clear()
 
 
 @dataclass(slots=True, eq=False)
@@ -101,21 +140,39 @@ class BlockIndex:
         """Makes a block visible; its key must not be there."""
         assert entry.key not in scope.blocks, "a committed block was committed again"
         scope.blocks[entry.key] = entry
+        entry.segment.note_visible(entry)
 
     def remove(self, entry: BlockEntry) -> None:
         """Makes a block invisible."""
         del self._by_number[entry.id[0]].blocks[entry.key]
+        entry.segment.note_gone(entry)
 
 
 def longest_run(blocks: dict[bytes, BlockEntry], keys: KeyColumn, limit: int) -> list[BlockEntry]:
     """Entries of the first keys up to the first that is missing, at most `limit`."""
-    run = []
+    run: list[BlockEntry] = []
     get, packed, width = blocks.get, keys.packed, keys.width
-    for start in range(0, limit * width, width):
+    start, end = 0, limit * width
+    while start < end:
         entry = get(packed[start : start + width])
         if entry is None:
             break
-        run.append(entry)
+        segment = entry.segment
+        if segment.is_whole and len(segment.packed_keys) == width * len(segment.entries):
+            position = segment.position(entry)
+            count = min((end - start) // width, len(segment.entries) - position)
+            first = position * width
+            # Halving, where the sequences part within a segment, ends after a few comparisons.
+            while count > 1 and (
+                packed[start : start + count * width]
+                != segment.packed_keys[first : first + count * width]
+            ):
+                count //= 2
+            run += segment.entries[position : position + count]
+            start += count * width
+        else:
+            run.append(entry)
+            start += width
     return run
 
 

@@ -251,14 +251,8 @@ class Reading:
         start, total = 0, len(entries)
         while start < total:
             first = entries[start]
-            segment, nbytes, offset = first.segment, first.segment.block_nbytes, first.offset
-            end = start + 1
-            while end < total:
-                entry = entries[end]
-                if entry.segment is not segment or entry.offset != offset + nbytes:
-                    break
-                offset += nbytes
-                end += 1
+            segment = first.segment
+            end = _end_of_run(entries, start)
             runs.append(
                 Run(
                     extent=self._residence.extent(segment, first.offset, end - start),
@@ -336,3 +330,22 @@ class Reading:
             for entry in entries:
                 if entry.one_reader and self._residence.is_here(entry):
                     self._residence.remove(entry)
+
+
+def _end_of_run(entries: list[BlockEntry], start: int) -> int:
+    """Behind the last of the entries that lie side by side with the one at `start`."""
+    first = entries[start]
+    segment, offset, total = first.segment, first.offset, len(entries)
+    if segment.is_whole:
+        position = segment.position(first)
+        count = min(total - start, len(segment.entries) - position)
+        if entries[start : start + count] == segment.entries[position : position + count]:
+            return start + count
+    end = start + 1
+    while end < total:
+        entry = entries[end]
+        offset += segment.block_nbytes
+        if entry.segment is not segment or entry.offset != offset:
+            break
+        end += 1
+    return end
