@@ -25,7 +25,7 @@ import psutil
 
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.messages import Access
-from snowskin.kvstore.rpc import open_channel
+from snowskin.kvstore.rpc import open_channel, translating
 from snowskin.tools.kvctl.admin import AdminClient
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import engine_pb2, engine_pb2_grpc
@@ -418,7 +418,8 @@ async def _busy(address: str) -> str:
     channel = open_channel(address)
     try:
         stub = engine_pb2_grpc.EngineStub(channel)
-        status = await stub.Status(engine_pb2.StatusRequest(), timeout=2.0, wait_for_ready=True)
+        with translating(address):
+            status = await stub.Status(engine_pb2.StatusRequest(), timeout=2.0)
     finally:
         await channel.close(None)
     load = status.load
