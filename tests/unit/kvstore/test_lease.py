@@ -48,6 +48,13 @@ def test_renewal_counts_from_now(table):
     assert [lease.id for lease in table.expired(24.0)] == [ONE]
 
 
+def test_grace_is_given_after_a_short_renewal_too(table):
+    table.grant(ONE, ANNA, "x", ttl_s=10.0, now_s=0.0)
+    table.renew(ONE, ttl_s=4.0, now_s=8.0)
+    assert table.expired(15.0) == []
+    assert [lease.id for lease in table.expired(17.0)] == [ONE]
+
+
 def test_renewal_ends_with_the_longest_life(table):
     table.grant(ONE, ANNA, "x", ttl_s=10.0, now_s=0.0)
     table.renew(ONE, ttl_s=10.0, now_s=9.0)

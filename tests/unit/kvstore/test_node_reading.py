@@ -44,6 +44,14 @@ def test_match_leases_the_longest_run_from_the_first_key():
     assert node.num_blocks("leased") == 3
 
 
+def test_blocks_that_do_not_lie_side_by_side_are_two_runs():
+    node = NodeDriver()
+    writer = node.session()
+    node.publish(writer, "a b c")
+    assert ranges(node.match(writer, "a c")) == [(0, BLOCK), (2 * BLOCK, 3 * BLOCK)]
+    assert len(node.match(writer, "b a").runs) == 2
+
+
 def test_match_of_nothing_has_no_lease():
     node = NodeDriver()
     reader = node.session()

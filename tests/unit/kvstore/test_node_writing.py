@@ -108,6 +108,15 @@ def test_run_continues_right_behind_its_parent():
     assert ranges(child)[0][1] == ranges(grandchild)[0][0]
 
 
+def test_room_behind_the_parent_comes_before_the_smallest_hole():
+    node = NodeDriver()
+    writer = node.session()
+    hole = lease_of(node.reserve(writer, "x"))
+    parent = node.publish(writer, "a")
+    node.abort(writer, hole)
+    assert ranges(node.reserve(writer, "b", parent="a"))[0][0] == ranges(parent)[0][1]
+
+
 def test_extents_are_no_longer_than_the_limit():
     node = NodeDriver(max_extent_nbytes=2 * BLOCK)
     writer = node.session()
@@ -439,6 +448,15 @@ def test_queued_reservation_is_served_when_a_read_lease_and_its_grace_are_over()
     node.wait(14.9)
     assert node.answer(writer, waiting) is None
     node.wait(0.1)
+    assert isinstance(node.answer(writer, waiting), Reserved)
+
+
+def test_queued_reservation_is_served_when_nobody_fetched_a_block_for_one_reader():
+    node = NodeDriver(blocks=1, write_lease_s=30, grace_s=10)
+    writer = node.session()
+    node.publish_tail(writer, "r1")
+    waiting = node.call(writer, reserving("a", timeout_s=60))
+    node.wait(40)
     assert isinstance(node.answer(writer, waiting), Reserved)
 
 

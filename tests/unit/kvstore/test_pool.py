@@ -45,6 +45,10 @@ def test_no_piece_is_longer_than_an_extent_may_be(pool):
     assert [count for _, count in pieces] == [2, 2, 1]
 
 
+def test_pieces_of_a_run_follow_one_another_without_a_gap(pool):
+    assert place(pool, 5, 3 * KIB, limit=7 * KIB) == [(0, 2), (6 * KIB, 2), (12 * KIB, 1)]
+
+
 def test_block_longer_than_an_extent_is_a_piece_of_its_own(pool):
     # The node refuses such blocks; the pool does not loop over them.
     assert place(pool, 2, 8 * KIB, limit=4 * KIB) == [(0, 1), (8 * KIB, 1)]
