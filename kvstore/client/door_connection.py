@@ -246,10 +246,13 @@ class DoorConnection:
                 raise cancelled
 
     def _drop(self, future: asyncio.Future[ReplyMessage]) -> None:
-        """Its caller was cancelled: what was answered in the same turn of the loop has no taker."""
-        if not future.done() or future.cancelled() or future.exception() is not None:
-            return
-        unwanted = giving_back(future.result())
+        """Its caller was cancelled in the same turn of the loop, after the answer had come."""
+        if future.done() and not future.cancelled() and future.exception() is None:
+            self._give_back(future.result())
+
+    def _give_back(self, answer: ReplyMessage | SnowskinError) -> None:
+        """Nobody takes this answer: the lease that came with it ends."""
+        unwanted = giving_back(answer)
         if unwanted is not None and self._open:
             with contextlib.suppress(NodeUnavailable):
                 self._send(self._conversation.tell(unwanted))
@@ -318,6 +321,8 @@ class DoorConnection:
     def _resolve(self, call_id: int, answer: ReplyMessage | SnowskinError) -> None:
         future = self._waiting.pop(call_id, None)
         if future is None or future.done():
+            # Its caller was cancelled in the same turn of the loop, before the answer came.
+            self._give_back(answer)
             return
         if isinstance(answer, SnowskinError):
             future.set_exception(answer)

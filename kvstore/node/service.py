@@ -63,6 +63,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
     def _answer(self, call_id: int, reply: ReplyMessage | SnowskinError) -> None:
         future = self._waiting.pop(call_id, None)
         if future is None or future.done():
+            self._take_back(reply)
             return
         if isinstance(reply, SnowskinError):
             future.set_exception(reply)
@@ -79,7 +80,8 @@ class StoreService(store_pb2_grpc.StoreServicer):
             reply = await future
         except asyncio.CancelledError:
             self._shell.cancel(self._session.id, call_id)
-            self._take_back(future)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._take_back(future.result())
             raise
         finally:
             self._waiting.pop(call_id, None)
@@ -89,11 +91,8 @@ class StoreService(store_pb2_grpc.StoreServicer):
         reply_to(reply, response)
         return response
 
-    def _take_back(self, future: asyncio.Future[ReplyMessage]) -> None:
+    def _take_back(self, reply: ReplyMessage | SnowskinError) -> None:
         """Ends the lease of an answer that was made in the same turn of the loop as its call was cancelled."""
-        if not future.done() or future.cancelled() or future.exception() is not None:
-            return
-        reply = future.result()
         unwanted: Request | None = None
         if isinstance(reply, Matched) and reply.lease is not None:
             unwanted = ReleaseRequest(lease_ids=(reply.lease.id,))

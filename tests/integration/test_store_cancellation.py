@@ -1,0 +1,228 @@
+"""Every await of the asyncio client, cancelled at each step of the loop: nothing stays leased, reserved or open."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+from contextlib import asynccontextmanager
+
+import numpy as np
+import psutil
+import pytest
+
+from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.node.daemon import NodeSettings, serve_node
+from tests.support.roles import running
+from tests.support.store_drivers import WAYS, keys_of, namespace_of, noise
+
+NAMESPACE = namespace_of(1)
+# By gRPC a lease that was granted in the moment of a cancellation has nobody to give it back, and runs out. On the
+# local door it is given back: there nothing may wait for a lease's end.
+LEASES = {
+    "door": {"read_lease_s": 60.0, "write_lease_s": 60.0, "grace_s": 60.0},
+    "address": {"read_lease_s": 0.2, "write_lease_s": 0.2, "grace_s": 0.05},
+}
+SETTLE_S = 3.0
+NBYTES = {"small": 1000, "large": 512 << 10}  # copied by the loop's thread, and by a worker
+
+
+def steps(way):
+    """0, 1, 2, ...; gRPC's own thread answers after any number of turns, so from 40 on in growing strides."""
+    for number in itertools.count():
+        yield number if number < 40 or way == "door" else int(40 * 1.25 ** (number - 40))
+
+
+async def cancelled_after(coroutine, num_steps):
+    """Runs it for so many turns of the loop, then cancels it; whether it had ended by itself."""
+    task = asyncio.create_task(coroutine)
+    for _ in range(num_steps):
+        await asyncio.sleep(0)
+        if task.done():
+            break
+    ended = task.done()
+    task.cancel()
+    await asyncio.wait([task])
+    if ended or not task.cancelled():
+        task.result()
+    return ended
+
+
+async def until(is_so, what):
+    """Lets the loop run until `is_so()` is."""
+    deadline_s = asyncio.get_running_loop().time() + SETTLE_S
+    while not await is_so():
+        assert asyncio.get_running_loop().time() < deadline_s, f"not so within {SETTLE_S} s: {what}"
+        await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def node_and_observer(way):
+    async with (
+        running(
+            serve_node, NodeSettings, dram_nbytes=32 << 20, log_level="error", **LEASES[way]
+        ) as role,
+        await StoreClient.connect(role.facts["door"], client_name="observer") as client,
+    ):
+        yield role.facts[way], client
+
+
+async def settles(observer):
+    """Nothing is leased, reserved or waiting."""
+    held = {}
+
+    async def is_idle():
+        stat = await observer.stat()
+        (pool,) = stat.pools
+        for name in ("num_read_leases", "num_write_leases", "num_waiting_matches"):
+            held[name] = getattr(stat, name)
+        for name in ("reserved_nbytes", "quarantined_nbytes", "leased_nbytes"):
+            held[name] = getattr(pool, name)
+        return not any(held.values())
+
+    await until(is_idle, held)
+
+
+class Calls:
+    """Each call of a client, with fresh blocks each time so that none is a repetition."""
+
+    def __init__(self, client, observer, block_nbytes):
+        self.client = client
+        self.observer = observer
+        self.block_nbytes = block_nbytes
+        self.seeds = itertools.count(1)
+        self.data = noise(1, 2 * block_nbytes)
+        self.landing = np.zeros_like(self.data)
+        self.there = {"namespace": NAMESPACE, "keys": keys_of(0, 2), "block_nbytes": block_nbytes}
+        self.offsets = range(0, 2 * block_nbytes, block_nbytes)
+
+    async def prepare(self):
+        local = self.observer.register(self.data)
+        await self.observer.publish(**self.there, local=local, local_offsets=self.offsets)
+
+    async def publish(self):
+        await self.client.publish(
+            **self.there | {"keys": keys_of(next(self.seeds), 2)},
+            local=self.client.register(self.data),
+            local_offsets=self.offsets,
+            one_reader=True,
+        )
+
+    async def publish_tail(self):
+        await self.client.publish_tail(
+            namespace=NAMESPACE,
+            tail_id=f"tail-{next(self.seeds)}",
+            local=self.client.register(self.data),
+            local_offset=0,
+            nbytes=self.block_nbytes,
+        )
+
+    async def pull(self):
+        local = self.client.register(self.landing)
+        pulled = await self.client.pull(**self.there, local=local, local_offsets=self.offsets)
+        assert pulled.num_blocks == 2
+        assert (self.landing == self.data).all()
+
+    async def wait_in_vain(self):
+        await self.client.pull(
+            **self.there | {"keys": keys_of(next(self.seeds), 2)},
+            local=self.client.register(self.landing),
+            local_offsets=self.offsets,
+            wait_blocks=1,
+            timeout_s=0.05,
+        )
+
+    async def pull_tail(self):
+        name = f"tail-{next(self.seeds)}"
+        tail = {"namespace": NAMESPACE, "tail_id": name, "nbytes": self.block_nbytes}
+        local = self.observer.register(self.data)
+        await self.observer.publish_tail(**tail, local=local, local_offset=0)
+        local = self.client.register(self.landing)
+        await self.client.pull_tail(**tail, local=local, local_offset=0)
+
+    async def probe(self):
+        await self.client.probe(namespaces=[NAMESPACE], keys=self.there["keys"])
+
+    async def stat(self):
+        await self.client.stat()
+
+
+@pytest.mark.parametrize("size", NBYTES)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name", ["publish", "publish_tail", "pull", "pull_tail", "wait_in_vain", "probe", "stat"]
+)
+async def test_a_cancelled_call_leaves_nothing(way, name, size):
+    if size == "large" and name in ("wait_in_vain", "probe", "stat"):
+        return  # these copy nothing
+    async with node_and_observer(way) as (address, observer):
+        # Reserving twice 512 KiB a time must not fill the pool: blocks for one reader are not evicted.
+        async with await StoreClient.connect(address, client_name="cancelled") as client:
+            calls = Calls(client, observer, NBYTES[size])
+            await calls.prepare()
+            await getattr(calls, name)()
+            for num_steps in steps(way):
+                if name in ("publish", "publish_tail") and num_steps % 8 == 7:
+                    await settles(observer)
+                ended = await cancelled_after(getattr(calls, name)(), num_steps)
+                if way == "door":
+                    await settles(observer)
+                if ended:
+                    break
+            assert client.connected
+            await calls.pull()
+        await settles(observer)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["connect", "close"])
+async def test_a_cancelled_connect_or_close_leaves_nothing_open(way, name):
+    async with node_and_observer(way) as (address, observer):
+        async with await StoreClient.connect(address, client_name="first") as client:
+            await client.stat()
+        gc.collect()
+        num_sessions = (await observer.stat()).num_sessions
+        num_fds = psutil.Process().num_fds()
+
+        async def connect():
+            async with await StoreClient.connect(address, client_name="cancelled"):
+                pass
+
+        async def is_as_before():
+            gc.collect()
+            stat = await observer.stat()
+            return stat.num_sessions == num_sessions and psutil.Process().num_fds() <= num_fds
+
+        for num_steps in steps(way):
+            if name == "connect":
+                ended = await cancelled_after(connect(), num_steps)
+            else:
+                client = await StoreClient.connect(address, client_name="cancelled")
+                ended = await cancelled_after(client.close(), num_steps)
+                assert not client.connected or num_steps == 0
+                await client.close()
+                del client
+            await until(is_as_before, f"{num_steps} steps: sessions and descriptors")
+            if ended:
+                break
+
+
+async def test_a_cancelled_copy_is_cancelled_even_while_its_lease_is_being_renewed():
+    """The copy lasts longer than a third of the lease: renewing must not swallow the cancellation."""
+    async with node_and_observer("door") as (address, observer):
+        async with await StoreClient.connect(
+            address, client_name="cancelled", read_ttl_s=0.003
+        ) as client:
+            calls = Calls(client, observer, NBYTES["large"])
+            await calls.prepare()
+            for num_steps in range(0, 60, 2):
+                task = asyncio.create_task(calls.pull())
+                for _ in range(num_steps):
+                    await asyncio.sleep(0)
+                if not task.done():
+                    task.cancel()
+                    await asyncio.wait([task])
+                    assert task.cancelled()
+                else:
+                    await asyncio.gather(task, return_exceptions=True)
+        await settles(observer)
