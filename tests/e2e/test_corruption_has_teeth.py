@@ -3,7 +3,7 @@
 Between two requests with the same prefix the test writes into the node's pool. Without verification nearly every text
 becomes another one, so that "tokens are exact" means something; with it each fault is found, computed again, and the
 text right. Two blocks of one sequence that are swapped change no text (K is stored rotated, and attention has no other
-order), but they are found too: a checksum is tied to its key.
+order), but they are found too: what lies under a key must be what was committed under it.
 """
 
 from __future__ import annotations
