@@ -36,6 +36,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 RESTART_S = 5.0
 REGISTER_S = 2.0
+# A chunk or step under way is not cut short, nor is a transfer.
+HANG_UP_S = 3.0
 # Its prefill takes a second and a half on one core, in 80 chunks: something to be killed in.
 LONG, SHORT = 2_570, 300
 NUM_TOKENS = 40
@@ -180,10 +182,12 @@ async def test_a_prefill_frozen_for_longer_than_its_lease(up, monolith, before, 
 @pytest.mark.parametrize("num_tokens", [0, 1, 8])
 async def test_a_client_that_hangs_up_frees_everything(up, monolith, before, seeds, num_tokens):
     prompt = prompt_tokens(LONG, next(seeds))
-    async with up.asking(prompt, 500) as answer:
+    # Nine seconds of decoding, if it were not stopped.
+    async with up.asking(prompt, 1_500) as answer:
         await committing(up, 10, answer)
         await answer.until(lambda answer: len(answer.token_ids) >= num_tokens)
         assert not answer.is_over
+    await up.settled(HANG_UP_S)
     await assert_well(up, monolith, before, seeds)
 
 
