@@ -193,7 +193,9 @@ class DoorConnection:
         finally:
             timer.cancel()
             self._waiting.pop(call_id, None)
-            self._conversation.forget(call_id)
+            if (unwanted := self._conversation.forget(call_id)) and self._open:
+                with contextlib.suppress(NodeUnavailable):
+                    self._send(unwanted)
 
     def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:
         """A call that wants no answer."""
@@ -330,7 +332,6 @@ class DoorConnection:
             future.set_result(answer)
 
     def _on_late(self, call_id: int, timeout_s: float) -> None:
-        self._conversation.forget(call_id)
         late = DeadlineExceeded(
             f"node {self.node_id} did not answer within {timeout_s:.3f} s",
             hint="it is stopped or overloaded",

@@ -71,7 +71,9 @@ class Conversation:
         self.greeting: Greeting | None = None
         self._reader = FrameReader()
         self._last_call_id = 0
-        self._pending: set[int] = set()
+        self._pending: dict[
+            int, bool
+        ] = {}  # unanswered calls, and whether they may wait inside the node
 
     def hello(self, client_name: str, access: Access) -> bytes:
         """The first thing to send."""
@@ -81,23 +83,30 @@ class Conversation:
         request.hello.access = (
             door_pb2.POOL_ACCESS_WRITE if access is Access.WRITE else door_pb2.POOL_ACCESS_READ
         )
-        self._pending.add(request.call_id)
+        self._pending[request.call_id] = False
         return frame(request.SerializeToString())
 
     def call(self, request: Request, request_id: str = "") -> tuple[int, bytes]:
         """(call id, what to send) of a call that wants an answer."""
         call_id = self._next_id()
         data = self._encode(call_id, request, request_id)
-        self._pending.add(call_id)
+        self._pending[call_id] = (
+            isinstance(request, MatchRequest | ReserveRequest) and request.timeout_s > 0
+        )
         return call_id, data
 
     def tell(self, request: Request, request_id: str = "") -> bytes:
         """What to send of a call that wants none."""
         return self._encode(0, request, request_id)
 
-    def forget(self, call_id: int) -> None:
-        """Nobody waits for this answer any more."""
-        self._pending.discard(call_id)
+    def forget(self, call_id: int) -> bytes:
+        """Nobody waits for this answer any more: what to send, empty where it came or comes soon by itself."""
+        if not self._pending.pop(call_id, False):
+            return b""
+        # Left alone, it would keep its place in the node until its time is over; a reservation even the first.
+        return frame(
+            door_pb2.DoorRequest(cancel=door_pb2.Cancel(call_id=call_id)).SerializeToString()
+        )
 
     def receive(self, data: bytes) -> tuple[list[Answer], list[bytes]]:
         """Answers that `data` completes, and what to send in turn."""
@@ -110,7 +119,7 @@ class Conversation:
                 raise ProtocolViolation("the node answered in a way that this client does not know")
             if name == "hello":
                 self.greeting = greeting_from(response.hello)
-                self._pending.discard(response.call_id)
+                self._pending.pop(response.call_id, None)
                 continue
             answer: ReplyMessage | SnowskinError
             if name == "error":
@@ -121,7 +130,7 @@ class Conversation:
                 node_id = self.greeting.node_id if self.greeting else ""
                 answer = reply_from(name, getattr(response, name), node_id)
             if response.call_id in self._pending:
-                self._pending.remove(response.call_id)
+                del self._pending[response.call_id]
                 answers.append((response.call_id, answer))
             elif (unwanted := giving_back(answer)) is not None:
                 replies.append(self.tell(unwanted))

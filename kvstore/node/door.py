@@ -250,6 +250,9 @@ class _Connection:
             return
         if name == "hello":
             raise ProtocolViolation("hello came twice")
+        if name == "cancel":
+            self._shell.cancel(self._session.id, message.cancel.call_id)
+            return
         try:
             request = request_from(name, getattr(message, name))
         except SnowskinError as error:

@@ -377,6 +377,15 @@ def test_a_session_begins_with_one_hello(node):
         assert door.response() is None
 
 
+def test_cancelling_what_does_not_wait_changes_nothing(node):
+    with RawDoor(node.door) as door:
+        door.hello()
+        for call_id in (0, 1, 4711):
+            door.say(door_pb2.DoorRequest(cancel={"call_id": call_id}))
+        door.say(door_pb2.DoorRequest(call_id=2, stat={}))
+        assert door.response().call_id == 2
+
+
 def test_a_frame_that_never_ends_holds_nothing_once_its_sender_is_gone(node):
     for data in (b"\x05", as_frame(1000, b"x" * 999), as_frame(MAX_FRAME_NBYTES, bytes(1 << 20))):
         with RawDoor(node.door) as door:

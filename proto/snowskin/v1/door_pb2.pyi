@@ -19,7 +19,7 @@ POOL_ACCESS_READ: PoolAccess
 POOL_ACCESS_WRITE: PoolAccess
 
 class DoorRequest(_message.Message):
-    __slots__ = ("call_id", "request_id", "hello", "reserve", "commit", "abort", "probe", "match", "renew", "release", "stat")
+    __slots__ = ("call_id", "request_id", "hello", "reserve", "commit", "abort", "probe", "match", "renew", "release", "stat", "cancel")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class DoorRequest(_message.Message):
     RENEW_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     STAT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     request_id: str
     hello: Hello
@@ -42,7 +43,14 @@ class DoorRequest(_message.Message):
     renew: _store_pb2.RenewRequest
     release: _store_pb2.ReleaseRequest
     stat: _store_pb2.StatRequest
-    def __init__(self, call_id: _Optional[int] = ..., request_id: _Optional[str] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., reserve: _Optional[_Union[_store_pb2.ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[_store_pb2.CommitRequest, _Mapping]] = ..., abort: _Optional[_Union[_store_pb2.AbortRequest, _Mapping]] = ..., probe: _Optional[_Union[_store_pb2.ProbeRequest, _Mapping]] = ..., match: _Optional[_Union[_store_pb2.MatchRequest, _Mapping]] = ..., renew: _Optional[_Union[_store_pb2.RenewRequest, _Mapping]] = ..., release: _Optional[_Union[_store_pb2.ReleaseRequest, _Mapping]] = ..., stat: _Optional[_Union[_store_pb2.StatRequest, _Mapping]] = ...) -> None: ...
+    cancel: Cancel
+    def __init__(self, call_id: _Optional[int] = ..., request_id: _Optional[str] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., reserve: _Optional[_Union[_store_pb2.ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[_store_pb2.CommitRequest, _Mapping]] = ..., abort: _Optional[_Union[_store_pb2.AbortRequest, _Mapping]] = ..., probe: _Optional[_Union[_store_pb2.ProbeRequest, _Mapping]] = ..., match: _Optional[_Union[_store_pb2.MatchRequest, _Mapping]] = ..., renew: _Optional[_Union[_store_pb2.RenewRequest, _Mapping]] = ..., release: _Optional[_Union[_store_pb2.ReleaseRequest, _Mapping]] = ..., stat: _Optional[_Union[_store_pb2.StatRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("call_id",)
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    def __init__(self, call_id: _Optional[int] = ...) -> None: ...
 
 class DoorResponse(_message.Message):
     __slots__ = ("call_id", "error", "hello", "reserve", "commit", "abort", "probe", "match", "renew", "release", "stat")
