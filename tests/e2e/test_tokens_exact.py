@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from snowskin.engines.model.tokenizer import Tokenizer
-from tests.support.e2e_cluster import BLOCK_SIZE, CHUNK_TOKENS, MAX_AT_ONCE
+from tests.support.completions import asking
+from tests.support.e2e_cluster import BLOCK_SIZE, CHUNK_TOKENS, MAX_AT_ONCE, exact_cluster
 from tests.support.one_piece import agreement
 from tests.support.sensitive_model import words
 
@@ -25,6 +26,7 @@ SEED = 20250117
 NUM_FAMILIES = 10
 NUM_CONVERSATIONS = 80
 NUM_CHATS = 8
+NUM_ON_TWO_NODES = 24
 NUM_TOKENS = 64
 MAX_ROUNDING = 1 / 10_000  # of the tokens
 EDGES = (-1, 0, 1)
@@ -88,14 +90,10 @@ def judge(agreed) -> None:
     assert agreed.num_rounding <= MAX_ROUNDING * agreed.num_tokens
 
 
-async def test_two_prefill_and_two_decode_processes_answer_as_the_model_in_one_piece(
-    asker, one_piece
-):
-    chance = random.Random(SEED)
-    print(f"seed {SEED}")
-    conversations = make_conversations(chance)
-    assert len(conversations) == NUM_CONVERSATIONS
-    in_any_order = chance.sample(conversations, NUM_CONVERSATIONS)
+async def answers_are_those_of_the_model_in_one_piece(
+    conversations: list[Conversation], asker, one_piece, chance: random.Random
+) -> None:
+    in_any_order = chance.sample(conversations, len(conversations))
     gate = asyncio.Semaphore(MAX_AT_ONCE)
     async with asyncio.TaskGroup() as tasks:
         for index, each in enumerate(in_any_order):
@@ -109,10 +107,33 @@ async def test_two_prefill_and_two_decode_processes_answer_as_the_model_in_one_p
     pairs = {(each["prefill_instance_id"], each["decode_instance_id"]) for each in stats}
     assert len(pairs) == 4, "every prefill instance handed off to every decode instance"
     assert any(each.stats[0]["num_cached_tokens"] for each in conversations), "shared prefixes"
-    assert all(each.stats[1]["num_cached_tokens"] for each in conversations), "first turns"
     # The KV itself was handed over; nothing was quietly computed a second time.
     assert sum(each["decode"]["num_recomputed_tokens"] for each in stats) == 0
     assert sum(each["num_prefill_retries"] + each["num_decode_retries"] for each in stats) == 0
+
+
+async def test_two_prefill_and_two_decode_processes_answer_as_the_model_in_one_piece(
+    asker, one_piece
+):
+    chance = random.Random(SEED)
+    print(f"seed {SEED}")
+    conversations = make_conversations(chance)
+    assert len(conversations) == NUM_CONVERSATIONS
+    await answers_are_those_of_the_model_in_one_piece(conversations, asker, one_piece, chance)
+    assert all(each.stats[1]["num_cached_tokens"] for each in conversations), "first turns"
+
+
+async def test_so_do_they_where_half_of_the_hand_offs_go_from_node_to_node(
+    sensitive_model, one_piece
+):
+    chance = random.Random(SEED + 2)
+    print(f"seed {SEED + 2}")
+    conversations = chance.sample(make_conversations(chance), NUM_ON_TWO_NODES)
+    async with (
+        exact_cluster(sensitive_model, nodes=2) as own,
+        asking(own.http_address) as asker,
+    ):
+        await answers_are_those_of_the_model_in_one_piece(conversations, asker, one_piece, chance)
 
 
 async def test_chats_of_two_turns_answer_as_the_model_in_one_piece(
