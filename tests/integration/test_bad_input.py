@@ -23,6 +23,7 @@ from snowskin.kvstore.messages import (
     CommitRequest,
     Complaint,
     Lease,
+    LeaseId,
     MatchRequest,
     ProbeRequest,
     ReleaseRequest,
@@ -34,6 +35,7 @@ from snowskin.kvstore.node.daemon import NodeSettings, make_shell
 from snowskin.kvstore.node.door import LocalDoor
 from snowskin.kvstore.rpc import RpcLimits, rpc_error_to_error
 from snowskin.kvstore.wire import EMPTY_KEYS
+from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import door_pb2, store_pb2, store_pb2_grpc
 from tests.support.node_process import NodeProcess, eventually
 from tests.support.raw_door import RawDoor
@@ -104,7 +106,7 @@ class Bad:
 
     name: str
     request: object
-    kind: type[errors.SnowskinError]
+    kind: type[SnowskinError]
     status: str
     words: str
 
@@ -160,7 +162,7 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
 def test_a_wrong_request_is_refused_by_name(ask, bad):
-    with pytest.raises(errors.SnowskinError) as caught:
+    with pytest.raises(SnowskinError) as caught:
         ask(bad.request)
     assert type(caught.value) is bad.kind
     assert caught.value.status == bad.status
@@ -187,7 +189,7 @@ def test_two_layouts_need_two_namespaces(driver, node, way):
 
 
 def test_a_lease_that_nobody_granted_is_unknown(ask, way):
-    lease = Lease(id=4711, ttl_s=1.0, capability=bytes(16))
+    lease = Lease(id=LeaseId(4711), ttl_s=1.0, capability=bytes(16))
     commit = CommitRequest(lease_id=lease.id, num_blocks=1, checksums=CHECKSUM)
     for request in (commit, AbortRequest(lease_id=lease.id)):
         with pytest.raises(errors.LeaseUnknown) as caught:
@@ -447,7 +449,7 @@ def test_a_message_over_the_limit_is_not_taken(node):
         error = rpc_error_to_error(caught.value, "node")
         assert error.status == EXHAUSTED
         with pytest.raises(grpc.RpcError):
-            channel.unary_unary("/snowskin.v1.Store/NoSuchMethod")(b"", timeout=5.0)
+            channel.unary_unary("/snowskin.v1.Store/NoSuchMethod", None, None)(b"", timeout=5.0)
 
 
 # --- nodes that are not there, and nodes that cannot start

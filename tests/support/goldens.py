@@ -105,7 +105,8 @@ def as_json(message) -> str:
 
 def as_bytes(message) -> bytes:
     """The same on every machine, maps included."""
-    return message.SerializeToString(deterministic=True)
+    data: bytes = message.SerializeToString(deterministic=True)
+    return data
 
 
 def still_reads(kind, data: bytes, text: str) -> bool:

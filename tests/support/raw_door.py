@@ -21,7 +21,7 @@ class RawDoor:
         self._socket.settimeout(PATIENCE_S)
         self._socket.connect(address.removeprefix("unix:"))
         self._reader = FrameReader()
-        self._responses = []
+        self._responses: list[door_pb2.DoorResponse] = []
         self.ended = False
 
     def __enter__(self) -> RawDoor:
@@ -41,12 +41,12 @@ class RawDoor:
         """One request in its frame."""
         self.send(frame(request.SerializeToString()))
 
-    def hello(self, *, wire_version: int = WIRE_VERSION, access: int = 0) -> door_pb2.DoorResponse:
+    def hello(self) -> door_pb2.DoorResponse | None:
         """The greeting; its descriptors are closed."""
         request = door_pb2.DoorRequest(call_id=1)
-        request.hello.wire_version = wire_version
+        request.hello.wire_version = WIRE_VERSION
         request.hello.client_name = "raw"
-        request.hello.access = access or door_pb2.POOL_ACCESS_WRITE
+        request.hello.access = door_pb2.POOL_ACCESS_WRITE
         self.say(request)
         return self.response()
 
