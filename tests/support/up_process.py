@@ -40,7 +40,10 @@ LEASE_S = GRACE_S = 1.0
 # Beyond lease and grace: instances report, and the conductor lets old connections go, once a second.
 SETTLE_S = LEASE_S + GRACE_S + 3.0
 BLOCK_SIZE = 16
+# An engine starts within two seconds; on a machine with much else to do it may take ten.
 SHORT_LEASES = f"""
+[conductor]
+instance_wait_s = 30.0
 [node]
 read_lease_s = {LEASE_S}
 write_lease_s = {LEASE_S}
@@ -281,7 +284,7 @@ class UpProcess:
             if is_asked_for and text.startswith("{"):
                 yield json.loads(text)
 
-    async def restarted(self, name, old_pid, within_s=20.0):
+    async def restarted(self, name, old_pid, within_s=30.0):
         """Waits until the supervisor says that a new `name` is ready; returns its pid."""
 
         def new_pid() -> int:
@@ -375,7 +378,7 @@ class UpProcess:
             num_fds={name: self.child(name).num_fds() for name in ("node-0", "conductor")},
         )
 
-    async def settled(self, within_s=20.0):
+    async def settled(self, within_s=30.0):
         """What it holds once every instance is ready, idle, and connected to its node."""
 
         async def is_idle() -> Held | None:
