@@ -6,6 +6,7 @@ is, and the bytes are changed through /proc in the memfd of its process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,15 +86,21 @@ class Pool:
 @contextmanager
 def opened_pool(node_pid: int) -> Iterator[Pool]:
     """The pool of the node with this process id, by a new descriptor."""
-    folder = f"/proc/{node_pid}/fd"
-    names = {
-        os.stat(f"{folder}/{name}").st_ino: name  # the node has several descriptors of one pool
-        for name in os.listdir(folder)
-        if os.readlink(f"{folder}/{name}").startswith(MEMFD)
-    }
-    (name,) = names.values()
-    descriptor = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CLOEXEC)
+    descriptor = _open_pool(f"/proc/{node_pid}/fd")
     try:
         yield Pool(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _open_pool(folder: str) -> int:
+    """The node has several descriptors of its one pool, and closes one with each session that ends."""
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if not os.readlink(f"{folder}/{name}").startswith(MEMFD):
+                continue
+            descriptor = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CLOEXEC)
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(MEMFD):
+                return descriptor
+            os.close(descriptor)  # the number was given to another file in between
+    raise AssertionError(f"{folder} shows no {MEMFD}")
