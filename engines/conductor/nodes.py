@@ -163,8 +163,9 @@ class Nodes:
         node = self._nodes.setdefault(address, _Node())
         self._begin(address, node)
         if node.connecting is not None:
-            # Shielded: the connection is for the next question too.
-            await asyncio.shield(node.connecting)
+            # Waited for, not awaited: the connection is for the next question too, and an attempt
+            # that is given up because its node was let go must not cancel who asked.
+            await asyncio.wait([node.connecting])
         if node.client is None:
             raise node.error or NodeUnavailable(f"node {address} is not connected")
         return node.client
@@ -183,6 +184,9 @@ class Nodes:
         except SnowskinError as error:
             self._pause(node, error)
             log.debug("node not connected", node=address, error=str(error))
+        except Exception as error:
+            self._pause(node, NodeUnavailable(f"node {address}: {type(error).__name__}"))
+            log.error("connecting broke", node=address, error=repr(error), exc_info=error)
         finally:
             node.connecting = None
 

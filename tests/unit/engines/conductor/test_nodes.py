@@ -104,6 +104,26 @@ async def test_connecting_outlives_the_question_that_began_it(net, nodes):
     assert net.attempts == ["a"]
 
 
+async def test_a_node_that_is_let_go_while_it_is_asked_is_an_answer_and_no_cancellation(net, nodes):
+    net.gate.clear()
+    asking = asyncio.create_task(probed(nodes, "a"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await nodes.keep_only(())
+    (hit,) = await asking
+    assert "not connected" in hit.error
+
+
+async def test_an_error_of_connecting_that_nobody_foresaw_is_an_answer_too(net, clock):
+    async def broken(address):
+        raise OSError("no more files")
+
+    nodes = Nodes(broken, clock)
+    (hit,) = await probed(nodes, "a")
+    assert "OSError" in hit.error
+    await nodes.close()
+
+
 async def test_a_node_that_cannot_be_reached_is_tried_again_with_a_growing_pause(net, nodes, clock):
     for wanted in (1, 1):
         assert (await probed(nodes, "a"))[0].error
