@@ -101,8 +101,10 @@ async def kvctl(*arguments: str, conductor: str = "") -> tuple[int, str, str]:
 async def test_status_shows_instances_and_requests_to_people_and_to_programs(admin):
     status, out, err = await kvctl("--conductor", admin.address, "status")
     assert (status, err) == (0, "")
-    assert "prefill-0" in out
     assert "1,500 tokens/s" in out
+    assert "…" not in out, "nothing is cut, whatever the width of stdout"
+    row = next(line.split() for line in out.splitlines() if "127.0.0.1:9" in line)
+    assert row[:3] == ["prefill-0", "prefill", "ready"]
     status, out, err = await kvctl("--json", "status", conductor=admin.address)
     answer = json.loads(out)
     assert (status, err) == (0, "")

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 P = ParamSpec("P")
-# Wide enough for every table, also where stdout is a file or a pipe.
-PIPE_COLUMNS = 160
+# Wider than any table: a cut name or state is no answer. A narrow terminal wraps the lines.
+MAX_COLUMNS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,8 @@ def table(*columns: str, title: str = "") -> Table:
 
 
 def print_table(*tables: Table) -> None:
-    """Prints tables, coloured only on a terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_COLUMNS)
+    """Prints tables whole, coloured only on a terminal."""
+    console = Console(width=MAX_COLUMNS)
     for made in tables:
         console.print(made)
 
