@@ -3,7 +3,7 @@
 Rules kept here: every waiting call has a deadline and a session, and goes with either. A match waits at one key, the
 first that it misses in one scope, so a commit wakes only those who wait for that very block. Reservations wait in
 the order in which they came, and nobody overtakes: a small one behind a large one waits too, or the large one would
-starve.
+starve. Of a call that is over nothing is kept for long: its key column may be half a megabyte.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from snowskin.kvstore.messages import MatchRequest, ReserveRequest, SessionId
+
+# So many calls that are over may stand in the heap of deadlines before it is built anew.
+MAX_STALE = 64
 
 WaitKey = tuple[str, bytes, bytes]
 """Tenant, namespace and key of a block that is not there yet."""
@@ -70,6 +73,10 @@ class WaitingRoom:
         call.is_done = True
         self._calls.pop(call, None)
         self._leave(call)
+        # Their deadlines may be minutes away, behind that of one call which waits on.
+        if len(self._deadlines) > 2 * len(self._calls) + MAX_STALE:
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].is_done]
+            heapq.heapify(self._deadlines)
 
     def _leave(self, call: WaitingCall) -> None:
         if call.at is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 from snowskin.kvstore.messages import SessionId
-from snowskin.kvstore.node.waiting import WaitingCall, WaitingRoom, WaitKey
+from snowskin.kvstore.node.waiting import MAX_STALE, WaitingCall, WaitingRoom, WaitKey
 from tests.support.node_driver import matching
 
 A: WaitKey = ("t", b"n", b"a")
@@ -80,3 +82,14 @@ def test_answered_call_has_no_deadline_any_more():
     assert room.overdue(7.0) == []
     room.remove(two)
     assert (room.next_deadline_s(), room.overdue(99.0)) == (None, [])
+
+
+def test_calls_that_are_over_are_not_kept_behind_one_that_waits_on():
+    room = room_of(waiting(1, 5.0))
+    for call_id in range(2, 1000):
+        call = waiting(call_id, 600.0)
+        room.add(call)
+        room.remove(call)
+    gc.collect()
+    assert sum(isinstance(thing, WaitingCall) for thing in gc.get_objects()) <= MAX_STALE + 4
+    assert room.next_deadline_s() == 5.0
