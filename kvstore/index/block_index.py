@@ -3,7 +3,8 @@
 Rules kept here: a key means something only within its scope (tenant and namespace), and the scope is applied before
 anything is looked up. A node may hold a block whose parent it does not hold: nothing here assumes that a prefix is
 closed, so a longest run is found by walking it. A block's bytes belong to a segment, which is placed in one piece;
-leases count on the segment.
+leases count on the segment. A scope goes with its last block and writer, and its block size with it: a namespace
+that somebody once asked for wrongly neither stays wrong nor stays.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Iterator
 
     from snowskin.kvstore.blocks import KeyColumn
@@ -93,12 +95,13 @@ class BlockEntry:
 
 @dataclass(slots=True, eq=False)
 class Scope:
-    """The blocks of one tenant in one namespace; all of one size."""
+    """The blocks of one tenant in one namespace; all of one size. `num_writers` counts the reservations in it."""
 
     number: int
     tenant: str
     namespace: bytes
     block_nbytes: int
+    num_writers: int = 0
     blocks: dict[bytes, BlockEntry] = field(default_factory=dict)
 
 
@@ -109,6 +112,7 @@ class BlockIndex:
         """Empty."""
         self._scopes: dict[tuple[str, bytes], Scope] = {}
         self._by_number: dict[int, Scope] = {}
+        self._num_opened = 0
 
     def __len__(self) -> int:
         """Committed blocks."""
@@ -120,21 +124,30 @@ class BlockIndex:
             yield from scope.blocks.values()
 
     def scope(self, tenant: str, namespace: bytes) -> Scope | None:
-        """The scope, where anything was ever reserved in it."""
+        """The scope, where anything is committed or reserved in it."""
         return self._scopes.get((tenant, namespace))
 
     def open_scope(self, tenant: str, namespace: bytes, block_nbytes: int) -> Scope:
-        """The scope, made on first use."""
+        """The scope, made on first use, for one writer more; each `leave_scope` is for one less."""
         scope = self._scopes.get((tenant, namespace))
         if scope is None:
-            scope = Scope(len(self._scopes), tenant, namespace, block_nbytes)
+            scope = Scope(self._num_opened, tenant, namespace, block_nbytes)
+            self._num_opened += 1
             self._scopes[tenant, namespace] = scope
             self._by_number[scope.number] = scope
+        scope.num_writers += 1
         return scope
+
+    def leave_scope(self, scope: Scope) -> None:
+        """A writer has committed or given back all that it reserved."""
+        assert scope.num_writers > 0, "a scope was left more often than opened"
+        scope.num_writers -= 1
+        self._drop_if_unused(scope)
 
     def entry(self, block_id: BlockId) -> BlockEntry | None:
         """The entry that the eviction policy speaks of."""
-        return self._by_number[block_id[0]].blocks.get(block_id[1])
+        scope = self._by_number.get(block_id[0])
+        return scope.blocks.get(block_id[1]) if scope else None
 
     def insert(self, scope: Scope, entry: BlockEntry) -> None:
         """Makes a block visible; its key must not be there."""
@@ -144,8 +157,21 @@ class BlockIndex:
 
     def remove(self, entry: BlockEntry) -> None:
         """Makes a block invisible."""
-        del self._by_number[entry.id[0]].blocks[entry.key]
+        scope = self._by_number[entry.id[0]]
+        del scope.blocks[entry.key]
         entry.segment.note_gone(entry)
+        self._drop_if_unused(scope)
+
+    def check(self, num_writers: Counter[int]) -> None:
+        """Asserts that scopes have just the writers given by number, and none is there for nothing; for tests."""
+        for scope in self._scopes.values():
+            assert scope.num_writers == num_writers[scope.number], "writers are miscounted"
+            assert scope.blocks or scope.num_writers, "an empty scope stayed"
+
+    def _drop_if_unused(self, scope: Scope) -> None:
+        if not scope.blocks and not scope.num_writers:
+            del self._scopes[scope.tenant, scope.namespace]
+            del self._by_number[scope.number]
 
 
 def longest_run(blocks: dict[bytes, BlockEntry], keys: KeyColumn, limit: int) -> list[BlockEntry]:

@@ -395,6 +395,7 @@ class Writing:
             if lease.hold.use is Use.RESERVED
         )
         assert reserved == self._reserved, "who reserves which block is miscounted"
+        self._residence.index.check(Counter(lease.hold.scope.number for lease in self.leases))
 
     def reserved_ranges(self) -> Iterator[ByteRange]:
         """Bytes that are reserved or quarantined."""
@@ -424,6 +425,7 @@ class Writing:
             self._will_not_come(hold, outcome)
         for block in hold.left:
             self._residence.give_back(block.segment, block.offset, hold.use)
+        self._residence.index.leave_scope(hold.scope)
         self._residence.unlease(hold.parents)
         outcome.may_have_freed = True
 

@@ -43,6 +43,18 @@ def test_entry_is_found_by_its_id_until_it_is_removed():
     assert (index.entry(entry.id), len(index)) == (None, 0)
 
 
+def test_scope_goes_with_its_last_block_and_writer():
+    index = BlockIndex()
+    scope = index.open_scope("us", NAMESPACE, BLOCK)
+    entry = insert(index, scope, "a")
+    index.leave_scope(scope)
+    assert index.scope("us", NAMESPACE) is scope
+    index.remove(entry)
+    assert (index.scope("us", NAMESPACE), index.entry(entry.id)) == (None, None)
+    again = index.open_scope("us", NAMESPACE, 2 * BLOCK)
+    assert (again.block_nbytes, again.number == scope.number) == (2 * BLOCK, False)
+
+
 def test_block_is_not_inserted_twice():
     index = BlockIndex()
     scope = index.open_scope("us", NAMESPACE, BLOCK)

@@ -183,6 +183,17 @@ def test_abort_gives_back_what_was_not_committed():
         node.abort(writer, lease)
 
 
+def test_namespace_without_blocks_and_writers_is_forgotten_with_its_block_size():
+    node = NodeDriver()
+    writer = node.session()
+    node.abort(writer, lease_of(node.reserve(writer, "a")))
+    reserved = node.ask(writer, reserving("a", block_nbytes=512), Reserved)
+    with pytest.raises(NamespaceMismatch, match="512 bytes, not 4096"):
+        node.reserve(writer, "b")
+    node.abort(writer, lease_of(reserved))
+    node.reserve(writer, "b")
+
+
 @pytest.mark.parametrize("maps", [True, False])
 def test_dead_writers_reservations_are_free_at_once(maps):
     node = NodeDriver()
