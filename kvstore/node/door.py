@@ -1,8 +1,9 @@
 """The local door: a Unix stream socket with memfds, for clients on the node's own host.
 
 Rules kept here: who connects must be of the node's own user, or root. The first message is Hello, within
-`HELLO_TIMEOUT_S`. The end of the connection is the end of the session. A client that sends what is no frame, or does
-not read its answers, is cut off; the others do not notice.
+`HELLO_TIMEOUT_S`. The end of the connection is the end of the session. A client that breaks the protocol is told how
+and cut off, one that does not read its answers is cut off; the others do not notice. A call without an id can only give
+something back: what it were granted, nobody would know of.
 
 Raw sockets on the loop's readiness, not asyncio streams: a call is one recv and one send here, and the greeting
 must carry descriptors. Measured in `snowskin.tools.bench spine`.
@@ -55,6 +56,7 @@ _PEERCRED = struct.Struct("3i")
 
 log = get_logger(__name__)
 
+_ONE_WAY = ("release", "abort", "cancel")
 _REPLY_FIELDS = {
     "Matched": "match",
     "Released": "release",
@@ -234,22 +236,37 @@ class _Connection:
                 if self._closed:
                     return
         except ProtocolViolation as error:
-            log.warning("client cut off", pid=self._pid, error=str(error))
-            self._answer(0, error)
-            self.close(str(error))
+            self._cut_off(error)
+
+    def _cut_off(self, error: ProtocolViolation) -> None:
+        log.warning("client cut off", pid=self._pid, error=str(error))
+        last_words = door_pb2.DoorResponse(error=error_to_detail(error)).SerializeToString()
+        if not self._unsent:  # behind half an answer nobody would understand them
+            with contextlib.suppress(OSError):
+                self._socket.send(frame(last_words))
+        self.close(str(error))
 
     def _on_message(self, payload: bytes) -> None:
         message = parse(door_pb2.DoorRequest, payload)
         name = message.WhichOneof("request")
         if name is None:
-            raise ProtocolViolation("a request of a kind that this node does not know")
+            raise ProtocolViolation(
+                "a request of a kind that this node does not know", hint="check the wire version"
+            )
+        if message.call_id == 0 and name not in _ONE_WAY:
+            raise ProtocolViolation(
+                f"a {name} without a call id, so that nobody could be answered",
+                hint="number the calls from 1",
+            )
         if self._session is None:
             if name != "hello":
-                raise ProtocolViolation(f"the first request must be hello, not {name}")
+                raise ProtocolViolation(
+                    f"the first request must be hello, not {name}", hint="greet before you call"
+                )
             self._on_hello(message.call_id, message.hello)
             return
         if name == "hello":
-            raise ProtocolViolation("hello came twice")
+            raise ProtocolViolation("hello came twice", hint="connect anew for a new session")
         if name == "cancel":
             self._shell.cancel(self._session.id, message.cancel.call_id)
             return
@@ -300,11 +317,9 @@ class _Connection:
     def _answer(self, call_id: int, reply: ReplyMessage | SnowskinError) -> None:
         if self._closed:
             return
-        if call_id == 0 and self._session is not None:
+        if call_id == 0:
             if isinstance(reply, SnowskinError):
-                log.warning(
-                    "one-way call failed", client=self._session.client_name, error=str(reply)
-                )
+                log.warning("one-way call failed", pid=self._pid, error=str(reply))
             return
         response = door_pb2.DoorResponse(call_id=call_id)
         if isinstance(reply, SnowskinError):

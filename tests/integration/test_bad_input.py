@@ -361,10 +361,9 @@ def test_what_is_no_frame_ends_the_connection(node, name, greeted):
         if greeted:
             door.hello()
         door.send(data)
-        if not greeted:
-            error = door.error()
-            assert type(error) is errors.ProtocolViolation
-            assert words in str(error)
+        error = door.error()
+        assert type(error) is errors.ProtocolViolation
+        assert words in str(error)
         assert door.response() is None
 
 
@@ -376,6 +375,16 @@ def test_a_session_begins_with_one_hello(node):
     with RawDoor(node.door) as door:
         assert door.hello().hello.node_id
         door.say(HELLO)
+        assert "hello came twice" in str(door.error())
+        assert door.response() is None
+
+
+@pytest.mark.parametrize("name", ["reserve", "commit", "probe", "match", "renew", "stat"])
+def test_a_call_that_nobody_could_be_answered_is_no_call(node, name):
+    with RawDoor(node.door) as door:
+        door.hello()
+        door.say(door_pb2.DoorRequest(**{name: {}}))
+        assert f"a {name} without a call id" in str(door.error())
         assert door.response() is None
 
 
