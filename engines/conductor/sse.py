@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from starlette.responses import Response
 
-from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.telemetry import bind_request, get_logger
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class EventStream(Response):
         Args:
             source: gives the events, one `bytes` each, at least one.
             on_error: the answer where it raises before its first event.
-            request_id: for the header.
+            request_id: for the header, and for every line that is logged while it is sent.
         """
         super().__init__(
             media_type="text/event-stream",
@@ -75,13 +75,15 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._source = source
         self._on_error = on_error
+        self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the end, or until the client is gone."""
-        try:
-            await while_connected(receive, self._run(scope, receive, send))
-        except ClientGone:
-            log.info("client gone")
+        with bind_request(self._request_id):  # the handler that bound it has returned long ago
+            try:
+                await while_connected(receive, self._run(scope, receive, send))
+            except ClientGone:
+                log.info("client gone")
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
