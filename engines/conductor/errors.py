@@ -42,6 +42,12 @@ class BodyTooLarge(SnowskinError):
     status = "OUT_OF_RANGE"
 
 
+class BodyTimedOut(SnowskinError):
+    """The body of an HTTP request did not come in time."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
 # --- on an instance that registers
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snowskin.engines.conductor.errors import (
+    BodyTimedOut,
     BodyTooLarge,
     InvalidParameter,
     ModelUnknown,
-    RequestTimedOut,
 )
 from snowskin.engines.conductor.job import Job, Sampling
 from snowskin.engines.conductor.openai import ChatRequest, CompletionRequest
@@ -93,7 +93,7 @@ async def body_of(request: HttpRequest) -> bytes:
 
     Raises:
         BodyTooLarge: it is, or says that it is, larger than accepted.
-        RequestTimedOut: it did not come in time.
+        BodyTimedOut: it did not come in time.
     """
     chunks, nbytes = [], 0
     declared = request.headers.get("content-length", "")
@@ -107,7 +107,7 @@ async def body_of(request: HttpRequest) -> bytes:
                     raise _too_large("larger")
                 chunks.append(chunk)
     except TimeoutError:
-        raise RequestTimedOut(
+        raise BodyTimedOut(
             f"the body did not come within {BODY_TIMEOUT_S} s: {nbytes} bytes did",
             hint="send it faster",
         ) from None

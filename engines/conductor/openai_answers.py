@@ -16,6 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from snowskin.engines.conductor.errors import (
+    BodyTimedOut,
     BodyTooLarge,
     InvalidParameter,
     ModelUnknown,
@@ -150,6 +151,8 @@ def http_status(error: SnowskinError) -> int:
     """The HTTP status of an error; 500 where nobody but us can help."""
     if isinstance(error, BodyTooLarge):
         return 413
+    if isinstance(error, BodyTimedOut):
+        return 408  # the client was late, not we
     return _HTTP_STATUS.get(error.status, 500)
 
 

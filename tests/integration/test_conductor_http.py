@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from snowskin.engines.conductor import intake
 from tests.support.conductors import conducting, events_of, make_tiny_model
 from tests.support.fake_engines import FakeEngine, continuation, tokens_of
 
@@ -323,6 +324,23 @@ async def test_a_body_over_the_limit_is_a_413(model, is_declared):
         response = await cluster.http.post("/v1/completions", content=content)
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "body_too_large"
+
+
+async def test_a_body_that_does_not_come_in_time_is_a_408(model, monkeypatch):
+    monkeypatch.setattr(intake, "BODY_TIMEOUT_S", 0.05)
+    async with conducting(model, pair()) as cluster:
+        host, _, port = cluster.served.http_address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n"
+            b"connection: close\r\n\r\n" + b'{"model":'
+        )
+        status, answer = await reader.readline(), await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        assert b" 408 " in status
+        assert b'"code":"body_timed_out"' in answer
+        assert b'"type":"invalid_request_error"' in answer
 
 
 async def test_a_passed_limit_is_a_429_with_its_reason_and_retry_after(model):
