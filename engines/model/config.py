@@ -167,7 +167,7 @@ def read_json(directory: Path, name: str) -> Mapping[str, Json]:
 
     Raises:
         ModelMissing: no such directory or file.
-        ModelCorrupt: not a JSON object.
+        ModelCorrupt: not a JSON object, or not to be read.
     """
     path = directory / name
     if not directory.is_dir():
@@ -181,6 +181,10 @@ def read_json(directory: Path, name: str) -> Mapping[str, Json]:
         raise ModelMissing(
             f"{directory} holds no {name}", hint=f"copy {name} of the same model into the directory"
         ) from None
+    except OSError as error:
+        raise ModelCorrupt(
+            f"{path} cannot be read: {error.strerror}", hint=f"make {name} a file that we may read"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelCorrupt(f"{path} is not JSON: {error}", hint=f"copy {name} anew") from error
     if not isinstance(parsed, dict):

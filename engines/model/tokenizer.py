@@ -185,7 +185,12 @@ def _template_source(directory: Path, settings: Mapping[str, Json]) -> str | Non
     """The template's text: its own file before the settings, of several the default one."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelCorrupt(
+                f"{path} cannot be read: {error}", hint="copy chat_template.jinja anew"
+            ) from error
     source = settings.get("chat_template")
     if isinstance(source, list):
         named = [entry for entry in source if isinstance(entry, dict)]

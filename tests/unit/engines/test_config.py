@@ -123,6 +123,12 @@ def test_a_broken_file_is_a_typed_error(tmp_path, content):
         ModelConfig.from_directory(tmp_path)
 
 
+def test_what_is_no_file_is_a_typed_error(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelCorrupt, match="cannot be read: Is a directory"):
+        ModelConfig.from_directory(tmp_path)
+
+
 def test_block_bytes_are_layers_times_k_and_v_times_heads():
     config = ModelConfig.from_json(LLAMA)
     assert config.kv_block_nbytes(block_size=16, itemsize=4) == 3 * 2 * 2 * 16 * 32 * 4

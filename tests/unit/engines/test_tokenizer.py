@@ -186,6 +186,10 @@ def test_a_missing_or_broken_file_is_a_typed_error(directory, tmp_path):
         Tokenizer(tmp_path / "nowhere")
     with pytest.raises(ModelCorrupt, match="does not compile"):
         with_template(directory, "{% for")
+    (directory / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelCorrupt, match=r"chat_template\.jinja cannot be read"):
+        Tokenizer(directory)
+    (directory / "chat_template.jinja").unlink()
     (directory / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(ModelCorrupt, match="no tokenizer"):
         Tokenizer(directory)
