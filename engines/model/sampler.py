@@ -36,8 +36,8 @@ class SamplingParams:
         top_p: share of probability that the nucleus holds, in (0, 1].
         seed: 0 to 2**64 - 1.
         max_tokens: tokens to generate at most, at least 1.
-        stop_token_ids: tokens that end the sequence, besides the model's own.
-        ignore_eos: whether the model's own end tokens are treated as any other.
+        stop_token_ids: tokens that end the sequence; the model's own are among them only if the
+            caller names them.
     """
 
     temperature: float = 0.0
@@ -45,7 +45,6 @@ class SamplingParams:
     seed: int = 0
     max_tokens: int = 16
     stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what cannot be sampled.
