@@ -58,6 +58,9 @@ class EngineLimits:
         for name in ("max_context_tokens", "max_running", "max_waiting"):
             if getattr(self, name) < 1:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="use at least 1")
+        for name in ("pull_timeout_s", "publish_timeout_s"):
+            if not getattr(self, name) > 0.0:
+                raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds above 0")
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens, the last one perhaps partly."""
