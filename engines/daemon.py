@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from snowskin.engines.cancellation import Background
 from snowskin.engines.model.config import ModelConfig
 from snowskin.kvstore.client.store import StoreClient
-from snowskin.kvstore.config import check_bind, format_nbytes, setting
+from snowskin.kvstore.config import format_nbytes, setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.layout import Layout
 from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
@@ -81,7 +81,7 @@ class EngineSettings(RoleSettings):
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is loaded."""
-        check_bind(self.host, insecure=self.insecure)
+        super().__post_init__()
         if not self.model:
             raise BadSetting("no model is named", hint="give --model DIR, a model's directory")
         if not self.node:

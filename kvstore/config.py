@@ -61,6 +61,7 @@ MAX_CONFIG_NBYTES = 1 << 20  # a settings file of more is a mistake, and is not 
 S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
+LogLevel = typing.Literal["debug", "info", "warning", "error"]
 Value = bool | int | float | str | Path | tuple[str, ...] | None
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import uvloop
 
-from snowskin.kvstore.config import setting
+from snowskin.kvstore.config import LogLevel, check_bind, setting
 from snowskin.kvstore.errors import BadRequest, BadSetting
 from snowskin.kvstore.telemetry import configure_logging, get_logger
 from snowskin.transport.errors import SnowskinError
@@ -26,6 +26,7 @@ from snowskin.transport.errors import SnowskinError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+MAX_PORT = 65_535
 _PR_SET_PDEATHSIG = 1
 
 log = get_logger(__name__)
@@ -41,9 +42,24 @@ class RoleSettings:
     insecure: bool = setting(False, help="Allow an address beyond loopback without credentials.")
     ready_fd: int = setting(-1, help="Write one JSON line here when serving; for supervisors.")
     parent_pid: int = setting(0, help="Stop when this process is gone; for supervisors.")
-    log_level: str = setting("info", help="debug, info, warning or error.")
+    log_level: LogLevel = setting("info", help="Least level that is logged.")
     log_json: bool = setting(False, help="Log JSON lines.")
     drain_s: float = setting(10.0, help="Seconds that running work gets after SIGTERM.")
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, before anything is opened.
+
+        Raises:
+            BadSetting: a value is out of its range.
+            InsecureAddress: beyond loopback without `insecure`.
+        """
+        check_bind(self.host, insecure=self.insecure)
+        for name in ("port", "http_port"):
+            # Not left to the system: 70000 would be port 4464 to it.
+            if not 0 <= getattr(self, name) <= MAX_PORT:
+                raise BadSetting(f"{name} is {getattr(self, name)}", hint=f"give 0 to {MAX_PORT}")
+        if self.drain_s < 0:
+            raise BadSetting(f"drain_s is {self.drain_s}", hint="give 0 seconds or more")
 
 
 _SettingsT = TypeVar("_SettingsT", bound=RoleSettings)

@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, get_args
 
 import structlog
 import uvicorn
@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from snowskin.kvstore.config import check_bind
+from snowskin.kvstore.config import LogLevel, check_bind
 from snowskin.kvstore.errors import AddressInUse, BadSetting
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
     from structlog.typing import EventDict, Processor, WrappedLogger
 
-LEVELS = ("debug", "info", "warning", "error")
+LEVELS: tuple[str, ...] = get_args(LogLevel)
 FIRST_FIELDS = ("time", "role", "level", "event", "request_id")
 # What a user said or proved with; as field names, so that a line can still say how many tokens.
 NEVER_WRITTEN = frozenset(

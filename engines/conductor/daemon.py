@@ -34,7 +34,7 @@ from snowskin.engines.model.config import ModelConfig
 from snowskin.engines.model.tokenizer import Tokenizer
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.clock import SystemClock
-from snowskin.kvstore.config import check_bind, setting
+from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.messages import Access
 from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
@@ -77,7 +77,7 @@ class ConductorSettings(RoleSettings):
             BadSetting: a value is missing or out of its range.
             InsecureAddress: beyond loopback without `insecure`.
         """
-        check_bind(self.host, insecure=self.insecure)
+        super().__post_init__()
         if not self.model:
             raise BadSetting("model is not set", hint="give the model's directory: --model DIR")
         make_policy(self.policy)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snowskin.kvstore.clock import SystemClock
-from snowskin.kvstore.config import check_bind, setting
+from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.eviction.registry import make_eviction
 from snowskin.kvstore.node.door import LocalDoor
@@ -51,7 +51,7 @@ class NodeSettings(RoleSettings):
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is opened."""
-        check_bind(self.host, insecure=self.insecure)
+        super().__post_init__()
         if self.dram_nbytes < 1 << 20:
             raise BadSetting(f"dram_nbytes is {self.dram_nbytes}", hint="give at least 1MiB")
         self.limits()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from snowskin.kvstore.errors import BadSetting
 
+MAX_LEASE_S = 86_400.0  # a day; longer is a mistake, and would not fit the wire's milliseconds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLimits:
@@ -28,10 +30,17 @@ class NodeLimits:
     def __post_init__(self) -> None:
         """Refuses numbers that cannot work."""
         for name in ("read_lease_s", "write_lease_s", "lease_life_s"):
-            if getattr(self, name) <= 0:
-                raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds above 0")
-        if self.grace_s < 0:
-            raise BadSetting(f"grace_s is {self.grace_s}", hint="give 0 seconds or more")
+            if not 0 < getattr(self, name) <= MAX_LEASE_S:
+                raise BadSetting(
+                    f"{name} is {getattr(self, name)}",
+                    hint=f"give seconds above 0, at most {MAX_LEASE_S:.0f}",
+                )
+        if not 0 <= self.grace_s <= MAX_LEASE_S:
+            raise BadSetting(
+                f"grace_s is {self.grace_s}", hint=f"give 0 to {MAX_LEASE_S:.0f} seconds"
+            )
+        if self.max_keys < 1:
+            raise BadSetting(f"max_keys is {self.max_keys}", hint="give 1 or more")
         if self.max_extent_nbytes < 4096:
             raise BadSetting(
                 f"max_extent_nbytes is {self.max_extent_nbytes}", hint="give 4096 bytes or more"

@@ -510,6 +510,12 @@ def test_a_node_that_cannot_start_says_why_in_one_line(node, tmp_path):
         (("--door", file), "cannot be opened"),
         (("--door", file / "door"), "cannot be opened"),
         (("--host", "0.0.0.0"), "--insecure"),
+        (("--port", "70000"), "port is 70000"),
+        (("--http-port=-1",), "http_port is -1"),
+        (("--drain-s=-1",), "drain_s is -1"),
+        (("--log-level", "loud"), "'loud' is not one of"),
+        (("--max-keys", "0"), "max_keys is 0"),
+        (("--read-lease-s", "1e10"), "at most 86400"),
     ):
         ended = started(*arguments)
         assert ended.returncode == 2, ended

@@ -20,7 +20,7 @@ import click
 import httpx
 from rich.console import Console
 
-from snowskin.kvstore.config import options, setting
+from snowskin.kvstore.config import LogLevel, options, setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.telemetry import configure_logging
 from snowskin.tools.bench.report import table_of
@@ -67,7 +67,7 @@ class DemoSettings:
     prompt_file: Path | None = setting(None, help="Text of the first prompt.")
     json: Path | None = setting(None, help="Write the report here, as every benchmark does.")
     threads: int = setting(0, help="Compute threads of each engine; 0: cores / engines.")
-    log_level: str = setting("warning", help="Of all processes: debug, info, warning or error.")
+    log_level: LogLevel = setting("warning", help="Least level that all processes log.")
 
     def __post_init__(self) -> None:
         """Refuses what cannot work."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from snowskin.kvstore.config import check_bind, setting
+from snowskin.kvstore.config import LogLevel, check_bind, setting
 from snowskin.kvstore.errors import BadSetting
 
 MAX_CHILDREN = 64
@@ -34,7 +34,7 @@ class UpSettings:
     restart: bool = setting(True, help="Start a role again when it dies.")
     start_timeout_s: float = setting(120.0, help="Seconds that a role may take to be ready.")
     drain_s: float = setting(10.0, help="Seconds that running work gets when it stops.")
-    log_level: str = setting("info", help="debug, info, warning or error.")
+    log_level: LogLevel = setting("info", help="Least level that is logged.")
     log_json: bool = setting(False, help="Log JSON lines.")
 
     def __post_init__(self) -> None:
