@@ -89,9 +89,6 @@ class Stop:
 
 def announce_ready(settings: RoleSettings, **facts: str | int) -> None:
     """Tells the supervisor (and the log) where this role listens; once, when it serves."""
-    # What start-up made stays to the end: the collector need not walk it again, in the middle of a call.
-    gc.collect()
-    gc.freeze()
     log.info("ready", **facts)
     if settings.ready_fd < 0:
         return
@@ -141,6 +138,8 @@ def run_role(
         await serve(settings, stop)
         log.info("stopped", reason=stop.reason or "done")
 
+    # What importing made stays to the end: the collector need not walk it again, in the middle of a call.
+    gc.freeze()
     try:
         uvloop.run(main())
     except SnowskinError as error:
