@@ -6,7 +6,9 @@ import socket
 
 import pytest
 
-from tests.support.tcp_bytes import since, tcp_nbytes
+from tests.support.tcp_bytes import is_counted, since, tcp_nbytes
+
+pytestmark = pytest.mark.skipif(not is_counted(), reason="this kernel has no tcp_diag")
 
 NUM_SENT = 123_457
 NUM_ANSWERED = 1_009
