@@ -2,12 +2,13 @@
 
 A pull is match + lease + copy with checksums + release. It is measured through both doors, against memcpy, and against
 memcpy + CRC-32C in the same pieces, of the same bytes, in the same rounds. Its *fixed cost* is what remains of a pull
-of few bytes once memcpy + checksum of them are taken off, round by round.
+of few bytes once memcpy + checksum of them, measured in the same round, are taken off.
 """
 
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ QUESTION = "What does a pull (match, lease, copy with checksums, release) cost a
 KIB, MIB = 1 << 10, 1 << 20
 PIECE_NBYTES = MIB
 GOAL_FIXED_US = 100.0
+MAX_JUDGED_KEYS = 64
 GOAL_RATIO = 0.85
 GOAL_FROM_NBYTES = 256 * MIB
 # Short cases are timed in batches within a round, so that a round is not one sample of the scheduler.
@@ -182,27 +184,22 @@ def rate_rows(
 
 def fixed_rows(client: BlockingStoreClient, load: Load, options: BenchOptions) -> list[Row]:
     """Microseconds of a pull beyond memcpy + checksum: back to back, and after an idle moment."""
-    rounds = max(3, options.runs) * (1 if options.smoke else 20)
-    rows = []
     with client.register(load.target) as local:
         pull = pulling(client, load, local)
+        for _ in range(BATCH):  # warms both sides up
+            pull()
+        rows = []
         for idle_s in (0.0, IDLE_S):
-            samples = []
-            for _ in range(rounds):
-                if idle_s:
-                    time.sleep(idle_s)
-                samples.append(_seconds(pull) - _seconds(lambda: copy_and_check(load)))
-                if not idle_s:
-                    samples += [
-                        _seconds(pull) - _seconds(lambda: copy_and_check(load)) for _ in range(9)
-                    ]
-            judged = not idle_s and len(load.keys) <= 64
+            samples: list[float] = []
+            for _ in range(2 if options.smoke else max(5, options.runs)):
+                samples += _beyond(
+                    [_seconds_after(idle_s, pull) for _ in range(_batch(idle_s, options))], load
+                )
             rows.append(
                 _fixed_row(
-                    f"local door, blocking: fixed cost, {load.name}"
-                    + (", after 2 ms idle" if idle_s else ", back to back"),
+                    f"local door, blocking: fixed cost, {load.name}, {_when(idle_s)}",
                     samples,
-                    judged=judged,
+                    judged=not idle_s and len(load.keys) <= MAX_JUDGED_KEYS,
                 )
             )
     return rows
@@ -210,23 +207,43 @@ def fixed_rows(client: BlockingStoreClient, load: Load, options: BenchOptions) -
 
 async def asyncio_rows(store: StoreProcess, load: Load, options: BenchOptions) -> list[Row]:
     """The same through the asyncio client."""
-    rounds = max(3, options.runs) * (1 if options.smoke else 200)
-    samples = []
+
+    async def pull() -> float:
+        began_s = time.perf_counter()
+        await client.pull(
+            namespace=load.namespace,
+            keys=load.keys,
+            block_nbytes=load.block_nbytes,
+            local=local,
+            local_offsets=load.offsets,
+        )
+        return time.perf_counter() - began_s
+
+    samples: list[float] = []
     async with await StoreClient.connect(store.door, client_name="bench-asyncio") as client:
         with client.register(load.target) as local:
-            for index in range(rounds + 20):
-                began_s = time.perf_counter()
-                await client.pull(
-                    namespace=load.namespace,
-                    keys=load.keys,
-                    block_nbytes=load.block_nbytes,
-                    local=local,
-                    local_offsets=load.offsets,
-                )
-                took_s = time.perf_counter() - began_s
-                if index >= 20:  # the first warm caches up
-                    samples.append(took_s - _seconds(lambda: copy_and_check(load)))
-    return [_fixed_row(f"local door, asyncio: fixed cost, {load.name}, back to back", samples)]
+            for _ in range(BATCH):
+                await pull()
+            for _ in range(2 if options.smoke else max(5, options.runs)):
+                samples += _beyond([await pull() for _ in range(_batch(0.0, options))], load)
+    return [_fixed_row(f"local door, asyncio: fixed cost, {load.name}, {_when(0.0)}", samples)]
+
+
+def _batch(idle_s: float, options: BenchOptions) -> int:
+    """Pulls of one round; after an idle moment fewer, or the moments would be all of it."""
+    return 10 if options.smoke else 20 if idle_s else BATCH
+
+
+def _when(idle_s: float) -> str:
+    return f"after {idle_s * 1000:.0f} ms idle" if idle_s else "back to back"
+
+
+def _beyond(pulls_s: list[float], load: Load) -> list[float]:
+    """What each pull of a round took beyond memcpy + checksum, which are measured right behind them."""
+    bare_s = statistics.median(
+        _seconds_after(0.0, lambda: copy_and_check(load)) for _ in range(len(pulls_s))
+    )
+    return [pull_s - bare_s for pull_s in pulls_s]
 
 
 def _fixed_row(name: str, samples: list[float], *, judged: bool = False) -> Row:
@@ -234,7 +251,9 @@ def _fixed_row(name: str, samples: list[float], *, judged: bool = False) -> Row:
     return make_row(name, [sample * 1e6 for sample in samples], "us", goal=goal)
 
 
-def _seconds(case: Callable[[], None]) -> float:
+def _seconds_after(idle_s: float, case: Callable[[], None]) -> float:
+    if idle_s:
+        time.sleep(idle_s)
     began_s = time.perf_counter()
     case()
     return time.perf_counter() - began_s
