@@ -178,7 +178,9 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
         health = await stack.enter_async_context(
             HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
         )
-        await _wait_for_node(link, settings.node)
+        await _wait_for_node(link, settings.node, stop)
+        if stop.is_set():  # asked to end while it started: nothing was promised to anyone yet
+            return
         if registration is not None:
             background.start(registration.run(), "registration")
         announce_ready(
@@ -207,7 +209,7 @@ async def _open_engine(
     from snowskin.engines.runner import ModelRunner
 
     began_s = time.monotonic()
-    # The loop stays free, so that a signal ends a long load.
+    # The loop stays free, so that a signal is heard; the load itself is not broken off.
     model, memory, revision = await asyncio.to_thread(_load, settings, config)
     layout = Layout(
         model=settings.model_name or _directory_name(settings.model),
@@ -305,12 +307,17 @@ async def _warm_up(engine: _Engine, max_tokens: int) -> None:
         meter.decoded(seconds=await engine.runner.warm_up(1))
 
 
-async def _wait_for_node(link: StoreLink, node: str) -> None:
+async def _wait_for_node(link: StoreLink, node: str, stop: Stop) -> None:
     """Gives the node a moment; an instance without one computes everything, and says so."""
+    waits = [asyncio.ensure_future(each) for each in (link.wait_connected(), stop.wait())]
     try:
-        async with asyncio.timeout(NODE_WAIT_S):
-            await link.wait_connected()
-    except TimeoutError:
+        ended, _ = await asyncio.wait(
+            waits, timeout=NODE_WAIT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        for wait in waits:
+            wait.cancel()
+    if not ended:
         log.warning("starting without a node, nothing is cached until it answers", node=node)
 
 

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from snowskin.engines import daemon
 from snowskin.engines.daemon import EngineSettings, serve_engine
 from snowskin.engines.errors import (
     BadPrompt,
@@ -373,3 +374,20 @@ async def test_what_cannot_start_says_why(tmp_path):
         )
         with pytest.raises(AddressInUse):
             await serve_engine(taken, Stop())
+
+
+async def test_a_stop_during_the_start_ends_it_before_anything_is_promised(tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon, "NODE_WAIT_S", 60.0)
+    announced = []
+    monkeypatch.setattr(daemon, "announce_ready", lambda *_, **facts: announced.append(facts))
+    conductor, stop = FakeConductor(), Stop()
+    stop.set("test")
+    async with serving_conductor(conductor) as server, asyncio.timeout(20):
+        settings = EngineSettings(
+            model=str(model_directory()), node=f"unix:{tmp_path}/none", threads=1,
+            block_size=BLOCK_SIZE, chunk_tokens=32, kv_memory_nbytes=1 << 20,
+            conductor=server.address,
+        )  # fmt: skip
+        await serve_engine(settings, stop)
+    assert not announced
+    assert not conductor.registered
