@@ -2,7 +2,7 @@
 
 Rules kept here: an unreachable conductor never stops an instance; it is tried again until it
 answers; a conductor that does not know the instance (it has restarted) is told all anew; the log
-says once that it is gone and once that it is back.
+says once that it is gone, or that it refuses, and once that it is back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Registration:
         try:
             stub = conductor_pb2_grpc.ConductorStub(channel)
             interval_s: float | None = None
-            is_lost = False
+            trouble = ""
             while True:
                 try:
                     with translating(f"conductor {self._conductor}"):
@@ -62,14 +62,16 @@ class Registration:
                             continue
                 except SnowskinError as error:
                     self.connected = False
-                    if not is_lost:
-                        log.warning("conductor unreachable", error=str(error))
-                    is_lost = True
+                    is_refused = error.status == "FAILED_PRECONDITION"
+                    event = "registration refused" if is_refused else "conductor unreachable"
+                    if event != trouble:
+                        log.warning(event, error=str(error))
+                    trouble = event
                     await self._pause(BACKOFF_S)
                 else:
-                    if is_lost:
+                    if trouble:
                         log.info("conductor back", conductor=self._conductor)
-                    is_lost = False
+                    trouble = ""
                     self.connected = True
                     await self._pause(interval_s)
         finally:

@@ -109,8 +109,11 @@ class Scheduler:
             shape = view.shape()
             if shape is not None:
                 return shape
-            missing = " and no ".join(view.missing_roles()) or "matching pair of instances"
-            await self._wait(changed, deadline_s, f"no {missing} instance is ready")
+            missing = " and no ".join(view.missing_roles())
+            why = f"no {missing} instance is ready"
+            if not missing:
+                why = "no prefill and decode instance of one layout are ready"
+            await self._wait(changed, deadline_s, why)
 
     async def prepare(
         self,
