@@ -100,24 +100,6 @@ class Arena:
         """A new descriptor with all rights but resizing; the caller closes it."""
         return os.dup(self._open_fd())
 
-    def huge_page_nbytes(self) -> int:
-        """How many bytes of this mapping the kernel keeps in huge pages now; for reports.
-
-        Reads the process's map of memory, which takes milliseconds: not for a hot path.
-        """
-        start = self.buffer.ctypes.data
-        inside = False
-        for line in (
-            Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines()
-        ):
-            head = line.split(maxsplit=1)[0]
-            if "-" in head and not head.endswith(":"):
-                low, high = (int(part, 16) for part in head.split("-"))
-                inside = low <= start < high
-            elif inside and head == "ShmemPmdMapped:":
-                return int(line.split()[1]) * 1024
-        return 0
-
     def populated(self, timeout_s: float) -> bool:
         """Whether `populate` has finished, after at most `timeout_s`; True if it was not asked."""
         return self._population is None or self._population.wait(timeout_s)

@@ -121,7 +121,7 @@ class Pool:
         self._allocator.free(offset, nbytes)
 
     def check(self) -> None:
-        """Asserts the sum; for tests and for `kvctl check`."""
+        """Asserts the sum; for tests."""
         self._allocator.check()
         assert self.free_nbytes + sum(self._used.values()) == self.capacity_nbytes
         assert 0 <= self.leased_nbytes <= self._used[Use.COMMITTED]

@@ -32,7 +32,7 @@ class BenchOptions:
 
     Attributes:
         runs: rounds of each case; the benchmark may take more of a very short one.
-        smoke: only show that it works: smallest sizes, about a second, goals not judged.
+        smoke: only show that it works: smallest sizes, about a second; no number of it is a verdict.
     """
 
     runs: int = 15

@@ -8,7 +8,6 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 
 from snowskin.kvstore.errors import BadSetting, PoolExhausted
@@ -118,9 +117,3 @@ def test_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_empty_arena_is_refused() -> None:
     with pytest.raises(BadSetting, match="0 bytes"):
         Arena(0, name="a", tenant="t")
-
-
-def test_huge_pages_are_reported_within_the_arena() -> None:
-    with Arena(4 << 20, name="a", tenant="t") as arena:
-        np.copyto(arena.buffer, 1)
-        assert 0 <= arena.huge_page_nbytes() <= arena.nbytes
