@@ -56,7 +56,8 @@ class FrameReader:
             length = int.from_bytes(self._buffer[:HEADER_NBYTES], "little")
             if not 0 < length <= MAX_FRAME_NBYTES:
                 raise ProtocolViolation(
-                    f"a frame of {length} bytes was announced, the limit is {MAX_FRAME_NBYTES}"
+                    f"a frame of {length} bytes was announced, the limit is {MAX_FRAME_NBYTES}",
+                    hint="send a length of 1 or more, and no more keys than the greeting says",
                 )
             end = HEADER_NBYTES + length
             if len(self._buffer) < end:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -141,6 +140,7 @@ def _status(error: SnowskinError) -> grpc.StatusCode:
 
 async def _abort(context: Any, error: Exception, method: str) -> None:
     if isinstance(error, SnowskinError):
+        log.info("call refused", method=method, reason=error.reason, error=str(error))
         context.set_trailing_metadata(((ERROR_HEADER, error_to_detail(error).SerializeToString()),))
         await context.abort(_status(error), str(error))
     log.error("rpc failed unexpectedly", method=method, error=repr(error), exc_info=error)
@@ -264,8 +264,3 @@ async def serving(
     finally:
         await checker.enter_graceful_shutdown()
         await server.stop(STOP_GRACE_S)
-
-
-def timeout_left_s(deadline_s: float) -> float:
-    """Seconds until `deadline_s` on the monotonic clock, at least 1 ms: what a call is given."""
-    return max(0.001, deadline_s - time.monotonic())

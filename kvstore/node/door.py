@@ -51,6 +51,7 @@ ACCEPT_PAUSE_S = 1.0
 RECV_NBYTES = 64 << 10
 MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
 MAX_CONNECTIONS = 1024
+MAX_REQUEST_ID = 128
 MAX_PATH_NBYTES = 107  # sun_path, less its terminating zero
 _PEERCRED = struct.Struct("3i")
 
@@ -200,6 +201,7 @@ class _Connection:
         self._reader = FrameReader()
         self._unsent = bytearray()
         self._session: Session | None = None
+        self._request_ids: dict[int, str] = {}  # of calls that are not answered yet
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(peer.fileno(), self._on_readable)
@@ -268,8 +270,11 @@ class _Connection:
         if name == "hello":
             raise ProtocolViolation("hello came twice", hint="connect anew for a new session")
         if name == "cancel":
+            self._request_ids.pop(message.cancel.call_id, None)
             self._shell.cancel(self._session.id, message.cancel.call_id)
             return
+        if message.request_id and message.call_id:
+            self._request_ids[message.call_id] = message.request_id[:MAX_REQUEST_ID]
         try:
             request = request_from(name, getattr(message, name))
         except SnowskinError as error:
@@ -322,7 +327,15 @@ class _Connection:
                 log.warning("one-way call failed", pid=self._pid, error=str(reply))
             return
         response = door_pb2.DoorResponse(call_id=call_id)
+        request_id = self._request_ids.pop(call_id, "")
         if isinstance(reply, SnowskinError):
+            log.info(
+                "call refused",
+                request_id=request_id,
+                pid=self._pid,
+                reason=reply.reason,
+                error=str(reply),
+            )
             response.error.CopyFrom(error_to_detail(reply))
         else:
             reply_to(reply, getattr(response, _REPLY_FIELDS[type(reply).__name__]))

@@ -311,7 +311,10 @@ class Reading:
                 f"read lease {lease_id} ran out", hint="match again, or renew sooner"
             )
         if shard_index >= len(lease.hold.shards):
-            raise BadRequest(f"shard {shard_index} of a match of {len(lease.hold.shards)} shards")
+            raise BadRequest(
+                f"shard {shard_index} of a match of {len(lease.hold.shards)} shards",
+                hint="count from 0, in the order of the match's namespaces",
+            )
         return lease.hold.shards[shard_index]
 
     def _believe(self, hold: ReadHold, block_indices: Sequence[int]) -> None:

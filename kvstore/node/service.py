@@ -15,7 +15,7 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from snowskin.kvstore.errors import BadRequest, CommitRefused, LeaseUnknown
+from snowskin.kvstore.errors import BadRequest, CommitRefused, DeadlineExceeded, LeaseUnknown
 from snowskin.kvstore.messages import (
     AbortRequest,
     LeaseId,
@@ -182,7 +182,8 @@ class StoreService(store_pb2_grpc.StoreServicer):
         for complaint in request.complaints:
             if complaint.lease_id not in held:
                 raise BadRequest(
-                    f"a complaint names lease {complaint.lease_id}, which the call does not release"
+                    f"a complaint names lease {complaint.lease_id}, which the call does not release",
+                    hint="complain in the call that releases the lease",
                 )
         response: store_pb2.ReleaseResponse = await self._call(
             "release", request, store_pb2.ReleaseResponse()
@@ -208,7 +209,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
         """Writes chunks into a reservation; the first names the lease."""
         lease_id: LeaseId | None = None
         written_nbytes = 0
-        async for chunk in request_iterator:
+        async for chunk in _in_time(request_iterator, self._shell.state.limits.write_lease_s):
             if lease_id is None or chunk.HasField("lease"):
                 lease_id = self._check(chunk.lease)
             if len(chunk.data) > CHUNK_NBYTES:
@@ -244,7 +245,10 @@ class StoreService(store_pb2_grpc.StoreServicer):
                 total = sum(segment.block_nbytes for segment, _ in places)
                 end = offset + request.nbytes if request.nbytes else total
                 if end > total or offset > total:
-                    raise BadRequest(f"bytes {offset} to {end} of a lease over {total}")
+                    raise BadRequest(
+                        f"bytes {offset} to {end} of a lease over {total}",
+                        hint="stay inside the leased blocks",
+                    )
                 if offset == end:
                     return
             nbytes = min(CHUNK_NBYTES, end - offset)
@@ -254,6 +258,23 @@ class StoreService(store_pb2_grpc.StoreServicer):
             )
             yield store_pb2.ReadResponse(offset=offset, data=data)
             offset += nbytes
+
+
+async def _in_time(
+    chunks: AsyncIterator[store_pb2.WriteRequest], timeout_s: float
+) -> AsyncIterator[store_pb2.WriteRequest]:
+    """The chunks; one that is later than any lease would live ends the call, which is one of a bounded number."""
+    while True:
+        try:
+            async with asyncio.timeout(timeout_s):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"no chunk came for {timeout_s} s", hint="send faster, or end the stream"
+            ) from None
+        yield chunk
 
 
 def _pieces(

@@ -35,7 +35,9 @@ def check_request(request: Request, session: Session, limits: NodeLimits) -> Non
             if request.tail_request_id:
                 _check_tail_id(request.tail_request_id)
                 if len(request.keys):
-                    raise BadRequest("a match asks for keys or for a tail, not for both")
+                    raise BadRequest(
+                        "a match asks for keys or for a tail, not for both", hint="send two matches"
+                    )
                 return
             _check_namespaces(request.namespaces, limits)
             _check_num_keys(len(request.keys), limits)
@@ -43,7 +45,8 @@ def check_request(request: Request, session: Session, limits: NodeLimits) -> Non
             _check_count(num_blocks, limits.max_match_blocks, "blocks (keys times namespaces)")
             if request.wait_blocks > len(request.keys):
                 raise BadRequest(
-                    f"wait_blocks is {request.wait_blocks}, but there are {len(request.keys)} keys"
+                    f"wait_blocks is {request.wait_blocks}, but there are {len(request.keys)} keys",
+                    hint="wait for at most as many blocks as keys",
                 )
         case ProbeRequest():
             _check_namespaces(request.namespaces, limits)
@@ -80,7 +83,9 @@ def _check_reserve(request: ReserveRequest, session: Session, limits: NodeLimits
     if request.tail is not None:
         _check_tail_id(request.tail.request_id)
         if len(request.keys):
-            raise BadRequest("a reservation is of keys or of a tail, not of both")
+            raise BadRequest(
+                "a reservation is of keys or of a tail, not of both", hint="reserve twice"
+            )
         if request.tail.nbytes < 1:
             raise BadRequest("a tail of no bytes", hint="a prompt of full blocks has no tail")
         return
@@ -91,7 +96,8 @@ def _check_reserve(request: ReserveRequest, session: Session, limits: NodeLimits
         raise BadRequest("block_nbytes is 0", hint="send the layout's block size in bytes")
     if request.parent_key and len(request.parent_key) != request.keys.width:
         raise BadRequest(
-            f"the parent key has {len(request.parent_key)} bytes, the column's keys {request.keys.width}"
+            f"the parent key has {len(request.parent_key)} bytes, the column's keys {request.keys.width}",
+            hint="send the key of the block before the first, of the same width, or none",
         )
     keys = set(request.keys)
     if len(keys) != len(request.keys):

@@ -532,3 +532,37 @@ def test_a_door_left_behind_by_a_killed_node_is_taken_over(tmp_path):
         assert process.stat().num_sessions >= 1
         assert process.end() == 0
     assert not path.exists()
+
+
+def test_a_refused_call_is_logged_with_its_requests_id(capfd, way):
+    with NodeProcess(NODE | {"log_level": "info"}) as node:
+        with connected("blocking", getattr(node, way)) as client:
+            landing = np.zeros(100, np.uint8)
+            with client.register(landing) as local, pytest.raises(errors.TailUnknown):
+                client.pull_tail(
+                    namespace=NAMESPACE, tail_id="t", nbytes=100, local=local, local_offset=0,
+                    request_id="chat-17",
+                )  # fmt: skip
+        node.end()
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "call refused" in line)
+    assert "request_id=chat-17 " in line
+    assert "reason=TAIL_UNKNOWN" in line
+
+
+def test_a_stream_that_brings_nothing_is_ended():
+    with (
+        NodeProcess(NODE | {"write_lease_s": 0.2}) as node,
+        grpc.insecure_channel(node.address) as channel,
+    ):
+        never = threading.Event()
+
+        def chunks():
+            never.wait(20.0)
+            yield from ()
+
+        with pytest.raises(grpc.RpcError) as caught:
+            store_pb2_grpc.StoreStub(channel).Write(chunks(), timeout=10.0)
+        never.set()
+        error = rpc_error_to_error(caught.value, "node")
+        assert type(error) is errors.DeadlineExceeded
+        assert "no chunk came for 0.2 s" in str(error)
