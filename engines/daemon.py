@@ -191,6 +191,7 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
             http_address=f"{settings.host}:{health.port}",
         )
         await background.until(stop.wait())
+        await server.say_draining()
         await _drain(engine.instance, registration, settings.drain_s)
 
 

@@ -54,11 +54,16 @@ class RpcServer:
     server: grpc.aio.Server
     host: str
     port: int
+    checker: Any  # grpc_health's servicer; not in the stubs
 
     @property
     def address(self) -> str:
         """`host:port`, as a channel wants it."""
         return f"{self.host}:{self.port}"
+
+    async def say_draining(self) -> None:
+        """Answers the health protocol with NOT_SERVING from now on; calls are served still."""
+        await self.checker.enter_graceful_shutdown()
 
 
 def _keepalive() -> list[tuple[str, int]]:
@@ -259,8 +264,9 @@ async def serving(
             hint="stop what listens there, or choose another port with --port (0 takes a free one)",
         )
     await server.start()
+    serving_server = RpcServer(server=server, host=host, port=bound, checker=checker)
     try:
-        yield RpcServer(server=server, host=host, port=bound)
+        yield serving_server
     finally:
-        await checker.enter_graceful_shutdown()
+        await serving_server.say_draining()
         await server.stop(STOP_GRACE_S)

@@ -201,6 +201,7 @@ async def serving_conductor(settings: ConductorSettings) -> AsyncIterator[Servin
         upkeep = asyncio.create_task(conductor.upkeep(), name="upkeep")
         stack.push_async_callback(_ended, upkeep)
         stack.push_async_callback(conductor.pipeline.drain, settings.drain_s)
+        stack.push_async_callback(server.say_draining)
         yield Serving(
             conductor=conductor,
             address=server.address,

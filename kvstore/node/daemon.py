@@ -119,6 +119,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             door=f"unix:{path}",
         )
         await stop.wait()
+        await server.say_draining()
         await _drain(shell, settings.drain_s)
 
 

@@ -11,8 +11,11 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.errors import (
@@ -323,6 +326,13 @@ async def longest_hold():
         await asyncio.wait([measuring])
 
 
+def health_of(node):
+    """What the gRPC health protocol says of the node's store."""
+    with grpc.insecure_channel(node.address) as channel:
+        request = HealthCheckRequest(service="snowskin.v1.Store")
+        return HealthStub(channel).Check(request, timeout=5.0).status
+
+
 def test_a_node_that_is_asked_to_end_lets_readers_finish(way):
     with make_node() as node:
         task = task_of(node.facts[way], 24, 4)
@@ -331,8 +341,10 @@ def test_a_node_that_is_asked_to_end_lets_readers_finish(way):
             publish(client, task)
             call = client._connection.call
             lease = call(match, timeout_s=5.0, lease=None, request_id="").lease
+            assert health_of(node) == HealthCheckResponse.SERVING
             node.signal(signal.SIGTERM)
             eventually(lambda: client.stat().draining, 5.0)
+            assert health_of(node) == HealthCheckResponse.NOT_SERVING
             with pytest.raises(NodeDraining) as caught:
                 pull(client, task)
             assert caught.value.status == "UNAVAILABLE"
