@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from snowskin.kvstore.errors import BadSetting
 
+MIN_LEASE_S = 0.01  # shorter, and a lease is over before its answer is read
 MAX_LEASE_S = 86_400.0  # a day; longer is a mistake, and would not fit the wire's milliseconds
 
 
@@ -30,10 +31,10 @@ class NodeLimits:
     def __post_init__(self) -> None:
         """Refuses numbers that cannot work."""
         for name in ("read_lease_s", "write_lease_s", "lease_life_s"):
-            if not 0 < getattr(self, name) <= MAX_LEASE_S:
+            if not MIN_LEASE_S <= getattr(self, name) <= MAX_LEASE_S:
                 raise BadSetting(
                     f"{name} is {getattr(self, name)}",
-                    hint=f"give seconds above 0, at most {MAX_LEASE_S:.0f}",
+                    hint=f"give seconds from {MIN_LEASE_S} to at most {MAX_LEASE_S:.0f}",
                 )
         if not 0 <= self.grace_s <= MAX_LEASE_S:
             raise BadSetting(

@@ -232,8 +232,23 @@ class StoreService(store_pb2_grpc.StoreServicer):
     async def Read(  # noqa: N802
         self, request: store_pb2.ReadRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[store_pb2.ReadResponse]:
-        """Streams the bytes under a read lease."""
+        """Streams the bytes under a read lease; ends with the longest life that the lease can have."""
         lease_id = self._check(request.lease)
+        call = asyncio.current_task()
+        assert call is not None, "a servicer runs in a task"
+        # A caller that does not read holds the stream up between two chunks, where nothing of ours runs.
+        timer = asyncio.get_running_loop().call_later(
+            self._shell.state.limits.lease_life_s, call.cancel
+        )
+        try:
+            async for chunk in self._chunks(request, lease_id):
+                yield chunk
+        finally:
+            timer.cancel()
+
+    async def _chunks(
+        self, request: store_pb2.ReadRequest, lease_id: LeaseId
+    ) -> AsyncIterator[store_pb2.ReadResponse]:
         offset = request.offset
         end: int | None = None
         while end is None or offset < end:

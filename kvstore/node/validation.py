@@ -39,18 +39,14 @@ def check_request(request: Request, session: Session, limits: NodeLimits) -> Non
                         "a match asks for keys or for a tail, not for both", hint="send two matches"
                     )
                 return
-            _check_namespaces(request.namespaces, limits)
-            _check_num_keys(len(request.keys), limits)
-            num_blocks = len(request.keys) * len(request.namespaces)
-            _check_count(num_blocks, limits.max_match_blocks, "blocks (keys times namespaces)")
+            _check_look_up(request, limits)
             if request.wait_blocks > len(request.keys):
                 raise BadRequest(
                     f"wait_blocks is {request.wait_blocks}, but there are {len(request.keys)} keys",
                     hint="wait for at most as many blocks as keys",
                 )
         case ProbeRequest():
-            _check_namespaces(request.namespaces, limits)
-            _check_num_keys(len(request.keys), limits)
+            _check_look_up(request, limits)
         case ReserveRequest():
             _check_reserve(request, session, limits)
         case CommitRequest():
@@ -67,6 +63,13 @@ def check_request(request: Request, session: Session, limits: NodeLimits) -> Non
             _check_count(len(request.lease_ids), limits.max_leases_per_session, "leases")
             for complaint in request.complaints:
                 _check_count(len(complaint.block_indices), limits.max_keys, "complaints")
+
+
+def _check_look_up(request: MatchRequest | ProbeRequest, limits: NodeLimits) -> None:
+    _check_namespaces(request.namespaces, limits)
+    _check_num_keys(len(request.keys), limits)
+    num_blocks = len(request.keys) * len(request.namespaces)
+    _check_count(num_blocks, limits.max_match_blocks, "blocks (keys times namespaces)")
 
 
 def _check_reserve(request: ReserveRequest, session: Session, limits: NodeLimits) -> None:

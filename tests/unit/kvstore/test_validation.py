@@ -76,6 +76,7 @@ BAD: list[tuple[Request, type[BadRequest], str]] = [
     (matching("a", wait_blocks=2), BadRequest, "wait_blocks is 2"),
     (matching_tail("r" * 129), BadRequest, "129 bytes"),
     (replace(matching_tail("r"), keys=column("a")), BadRequest, "not for both"),
+    (ProbeRequest(namespaces=(NAMESPACE,) * 2, keys=column("a b c")), LimitExceeded, "6 blocks"),
     (ProbeRequest(namespaces=(), keys=column("a")), BadRequest, "no namespace"),
     (
         ProbeRequest(namespaces=(NAMESPACE,), keys=column("a b c d")),
