@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from snowskin.engines.batch import Batch, Plan
 from snowskin.engines.errors import HandoffMissing, InstanceDraining, KvMemoryExhausted
 from snowskin.engines.kv_room import KvRoom
+from snowskin.engines.leftovers import discard_leftovers
 from snowskin.engines.messages import (
     CachePolicy,
     DecodeOutput,
@@ -158,8 +159,21 @@ class DecodeInstance:
                 tally = _Tally(began_s=time.monotonic())
                 await self._hold_room(stack, start, sequence)
                 await self._run(start, sequence, handoff, emit, tally)
+        except asyncio.CancelledError:
+            await self._discard(start)
+            raise
         finally:
             self._num_requests -= 1
+
+    async def _discard(self, start: DecodeStart) -> None:
+        # The conductor names the node first to which prefill publishes.
+        writer = await self._nodes.at(next(iter(start.prompt.node_addresses), ""))
+        await discard_leftovers(
+            writer or self._nodes.own,
+            start.prompt,
+            block_size=self._limits.block_size,
+            request_id=start.request_id,
+        )
 
     async def _hold_room(
         self, stack: AsyncExitStack, start: DecodeStart, sequence: Sequence
@@ -295,7 +309,8 @@ class DecodeInstance:
             while await self._pull_round(links, sequence, keys, tally):
                 continue
         if self._num_here(sequence) < num_blocks:
-            return  # the tail would be of no use without the blocks before it
+            await self._discard(start)  # of no use without the blocks before them
+            return
         if sequence.num_pending == 0 or received.tail_nbytes != writer.block_nbytes:
             return
         began_s = time.monotonic()

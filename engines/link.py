@@ -181,6 +181,16 @@ class StoreLink:
             ),
         )
 
+    async def discard(self, keys: KeyColumn, *, tail_id: str, request_id: str) -> None:
+        """Frees, unread, what was left for a reader that will not come, as `StoreClient.discard`."""
+        connection = self._get()
+        await self._guard(
+            connection,
+            connection.client.discard(
+                namespace=self.namespace, keys=keys, tail_id=tail_id, request_id=request_id
+            ),
+        )
+
     def _offsets(self, block_ids: Sequence[int]) -> Sequence[int]:
         """Byte offsets; a `range` where the blocks lie side by side, which the client copies as one."""
         if block_ids and block_ids[-1] - block_ids[0] == len(block_ids) - 1:

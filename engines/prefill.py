@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from snowskin.engines.errors import InstanceDraining, InstanceOverloaded
 from snowskin.engines.kv_room import KvRoom
+from snowskin.engines.leftovers import discard_leftovers
 from snowskin.engines.messages import (
     CachePolicy,
     Handoff,
@@ -135,7 +136,16 @@ class PrefillInstance:
         try:
             async with self._room.hold(self._limits.num_blocks(num_tokens)) as block_ids:
                 sequence.block_ids = block_ids
-                return await self._run(request, sequence, tally)
+                try:
+                    return await self._run(request, sequence, tally)
+                except asyncio.CancelledError:
+                    await discard_leftovers(
+                        self._nodes.own,
+                        prompt,
+                        block_size=self._limits.block_size,
+                        request_id=request.request_id,
+                    )
+                    raise
         finally:
             self._active.discard(sequence)
             self._waiting.discard(sequence)
@@ -175,6 +185,9 @@ class PrefillInstance:
                     # What came from other nodes is published too: the own one lacks it.
                     publisher.skip(await self._pull_cached(request, sequence, keys, tally))
                     publisher.ready(sequence.num_computed // limits.block_size)
+                elif sequence.max_length == num_tokens + 1:
+                    # No decode follows, and nobody else may read these blocks.
+                    publisher.skip(num_tokens // limits.block_size)
                 if has_tail:
                     # Its whole block travels; the slots behind the prompt must be nobody's bytes.
                     self._runner.memory.zero(sequence.block_ids[-1])

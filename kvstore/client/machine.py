@@ -9,6 +9,7 @@ blocking driver cannot differ in what they do, only in how they wait. Whatever e
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snowskin.kvstore.checksum import RunningChecksums
@@ -18,6 +19,7 @@ from snowskin.kvstore.errors import (
     LeaseExpired,
     NamespaceMismatch,
     ProtocolViolation,
+    TailUnknown,
 )
 from snowskin.kvstore.frames import FrameReader, frame
 from snowskin.kvstore.messages import (
@@ -31,6 +33,8 @@ from snowskin.kvstore.messages import (
     Lease,
     Matched,
     MatchRequest,
+    Probed,
+    ProbeRequest,
     ReleaseRequest,
     ReplyMessage,
     Request,
@@ -246,6 +250,7 @@ class Pulled:
 
 PublishFlow = Generator[Step, Done, Published]
 PullFlow = Generator[Step, Done, Pulled]
+DiscardFlow = Generator[Step, Done, int]
 
 
 @value()
@@ -427,6 +432,45 @@ def pull_tail(
             f"the tail of request {tail_id!r} is not what was committed", hint="compute it again"
         )
     return pulled
+
+
+def discard(
+    settings: FlowSettings, *, namespace: bytes, keys: KeyColumn = EMPTY_KEYS, tail_id: str = ""
+) -> DiscardFlow:
+    """Reads nothing of what was left for one reader, so that it goes; how many blocks that were.
+
+    Of blocks that stay anyway this is a harmless touch. Blocks that another reader took, or that never came, are
+    passed over.
+    """
+    num_blocks = 0
+    if keys:
+        asked = yield Call(
+            ProbeRequest(namespaces=(namespace,), keys=keys), settings.call_timeout_s
+        )
+        assert isinstance(asked.reply, Probed), "the reply to a Probe is Probed"
+        present = int.from_bytes(asked.reply.present_bitmap, "little")
+        for is_here, run in groupby(range(len(keys)), lambda index: present >> index & 1):
+            if is_here:
+                first, *rest = run
+                keys_of_run = keys[first : first + 1 + len(rest)]
+                request = MatchRequest(namespaces=(namespace,), keys=keys_of_run)
+                num_blocks += yield from _discard_run(settings, request)
+    if tail_id:
+        request = MatchRequest(namespaces=(namespace,), keys=EMPTY_KEYS, tail_request_id=tail_id)
+        try:
+            num_blocks += yield from _discard_run(settings, request)
+        except TailUnknown:
+            return num_blocks
+    return num_blocks
+
+
+def _discard_run(settings: FlowSettings, request: MatchRequest) -> DiscardFlow:
+    asked = yield Call(request, settings.call_timeout_s)
+    matched = asked.reply
+    assert isinstance(matched, Matched), "the reply to a Match is Matched"
+    if matched.lease is not None:
+        yield Tell(ReleaseRequest(lease_ids=(matched.lease.id,)), matched.lease)
+    return matched.num_blocks
 
 
 def _pull(

@@ -42,6 +42,7 @@ from snowskin.kvstore.messages import (
     StatRequest,
 )
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.wire import EMPTY_KEYS
 from snowskin.transport.errors import SnowskinError
 from snowskin.transport.memory import MemoryRegion, region_of
 
@@ -61,7 +62,7 @@ RENEW_AFTER_RATIO = 1 / 3
 
 log = get_logger(__name__)
 
-ResultT = TypeVar("ResultT", Published, Pulled)
+ResultT = TypeVar("ResultT", Published, Pulled, int)
 
 
 class Connection(Protocol):
@@ -288,6 +289,18 @@ class StoreClient:
             local_offset=local_offset,
             timeout_s=timeout_s,
         )
+        return await self._run(flow, request_id)
+
+    async def discard(
+        self,
+        *,
+        namespace: bytes,
+        keys: KeyColumn = EMPTY_KEYS,
+        tail_id: str = "",
+        request_id: str = "",
+    ) -> int:
+        """Frees, unread, what was left for a reader that will not come; how many blocks that were."""
+        flow = machine.discard(self._settings, namespace=namespace, keys=keys, tail_id=tail_id)
         return await self._run(flow, request_id)
 
     async def probe(

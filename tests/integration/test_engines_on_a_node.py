@@ -100,10 +100,11 @@ async def test_concurrent_requests_over_a_node_that_must_evict():
 
 
 @pytest.mark.parametrize("num_calls", range(0, 30, 4))
-async def test_a_cancelled_request_leaves_no_lease_and_no_reservation(num_calls):
+@pytest.mark.parametrize("policy", [CachePolicy.READ_WRITE, CachePolicy.OFF])
+async def test_a_cancelled_request_leaves_nothing_of_its_own(num_calls, policy):
     async with node() as role, open_bench(connecting(role.facts["door"])) as bench:
         prompt = prompt_tokens(100)
-        task = asyncio.create_task(bench.run(prompt, GREEDY))
+        task = asyncio.create_task(bench.run(prompt, GREEDY, policy=policy))
         await until(
             lambda: (
                 task.done()
@@ -114,10 +115,15 @@ async def test_a_cancelled_request_leaves_no_lease_and_no_reservation(num_calls)
         )
         task.cancel()
         await asyncio.wait([task])
-        await until(bench.all_free)
+        await until(lambda: bench.prefill.num_requests == bench.decode.num_requests == 0)
+        assert bench.all_free()
         stat = await stat_of(role.facts["door"])
         assert (stat.num_read_leases, stat.num_write_leases) == (0, 0)
         assert stat.pools[0].reserved_nbytes == 0
+        if policy is CachePolicy.OFF:
+            assert stat.num_blocks == 0
+        else:
+            assert stat.num_blocks <= len(prompt) // BLOCK_SIZE + GREEDY.max_tokens // BLOCK_SIZE
         tokens, _, _ = await bench.run(prompt, GREEDY, request_id="next")
         assert tokens == straight(prompt, GREEDY)
 

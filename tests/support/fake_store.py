@@ -183,6 +183,13 @@ class FakeStoreClient:
             first_byte_s=now_s if num_found else None,
         )
 
+    async def discard(self, *, namespace, keys, tail_id="", request_id="") -> int:
+        await self._begin("discard")
+        left = [(namespace, key) for key in keys if (namespace, key) in self.store.one_reader]
+        found = [self.store.blocks.pop(key, None) for key in left]
+        found.append(self.store.tails.pop(tail_id, None))
+        return sum(each is not None for each in found)
+
     async def pull_tail(
         self, *, namespace, tail_id, nbytes, local, local_offset, timeout_s=0.0, request_id=""
     ) -> Pulled:

@@ -311,7 +311,7 @@ async def test_a_draining_instance_takes_nothing_new_and_finishes_what_runs():
 
 @pytest.mark.parametrize("num_steps", range(0, 60, 3))
 @pytest.mark.parametrize("policy", [CachePolicy.READ_WRITE, CachePolicy.OFF])
-async def test_a_request_cancelled_at_any_moment_frees_all_kv(num_steps, policy):
+async def test_a_request_cancelled_at_any_moment_frees_all_that_was_its_own(num_steps, policy):
     store = FakeStore()
     async with open_bench(store.connect) as bench:
         token_ids = prompt_tokens(39)
@@ -324,11 +324,59 @@ async def test_a_request_cancelled_at_any_moment_frees_all_kv(num_steps, policy)
                 break
         task.cancel()
         await asyncio.wait([task])
-        await until(bench.all_free)
-        assert bench.prefill.num_requests == bench.decode.num_requests == 0
+        await until(lambda: bench.prefill.num_requests == bench.decode.num_requests == 0)
+        assert bench.all_free()
         assert bench.decode.load().num_running == 0
+        assert not store.one_reader.intersection(store.blocks), "nobody will come for them"
+        assert not store.tails
         tokens, _, _ = await bench.run(token_ids, GREEDY, request_id="next")
         assert tokens == straight(token_ids, GREEDY)
+
+
+async def test_a_prefill_cancelled_without_a_reader_takes_back_what_it_published():
+    store = FakeStore()
+    async with open_bench(store.connect) as bench:
+        prompt = make_prompt(prompt_tokens(200), policy=CachePolicy.OFF, salt="s")
+        task = asyncio.create_task(bench.run_prefill(prompt, GREEDY))
+        await until(lambda: store.blocks)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert not store.blocks
+
+
+@pytest.mark.parametrize("policy", [CachePolicy.READ_WRITE, CachePolicy.OFF])
+async def test_a_decode_cancelled_while_it_waits_for_room_frees_what_was_left_for_it(policy):
+    store = FakeStore()
+    async with open_bench(store.connect, limits=make_limits(max_running=1)) as bench:
+        first = asyncio.create_task(
+            bench.run_decode(make_prompt(prompt_tokens(9)), GREEDY, _future())
+        )
+        await until(lambda: bench.decode.num_requests == 1)
+        prompt = make_prompt(prompt_tokens(39), policy=policy, salt="s")
+        response = await bench.run_prefill(prompt, GREEDY, "late")
+        late = asyncio.create_task(bench.run_decode(prompt, GREEDY, response.handoff, "late"))
+        await until(lambda: bench.decode.num_requests == 2)
+        assert store.tails
+        late.cancel()
+        await asyncio.wait([late])
+        assert not store.tails
+        assert not store.one_reader.intersection(store.blocks)
+        first.cancel()
+        await asyncio.wait([first])
+
+
+@pytest.mark.parametrize("num_tokens", [4, 39])
+async def test_without_cache_one_token_leaves_nothing_at_the_node(num_tokens):
+    store, sampling = FakeStore(), SamplingParams(max_tokens=1)
+    async with open_bench(store.connect) as bench:
+        token_ids = prompt_tokens(num_tokens)
+        prompt = make_prompt(token_ids, policy=CachePolicy.OFF, salt="s")
+        response = await bench.run_prefill(prompt, sampling)
+        assert [response.handoff.first_token_id] == straight(token_ids, sampling)
+        assert response.stats.num_blocks_published == 0
+        assert not store.blocks
+        assert not store.tails
 
 
 def _count_wakes(store, bench, before):

@@ -1,0 +1,35 @@
+"""What a request has left at a node for its one reader, where that reader will not come.
+
+Rules kept here: tails, and the blocks of a request without cache, are evicted by nobody: unread they
+would fill the pool until their lease ends. So a call that is cancelled frees what lies there by
+then: prefill after its last publish, decode after its last pull, whichever of the two is later. A
+node that cannot be asked frees them by itself, only later.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from snowskin.engines.messages import CachePolicy
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.errors import SnowskinError
+
+if TYPE_CHECKING:
+    from snowskin.engines.link import StoreLink
+    from snowskin.engines.messages import Prompt
+
+log = get_logger(__name__)
+
+
+async def discard_leftovers(
+    link: StoreLink, prompt: Prompt, *, block_size: int, request_id: str
+) -> None:
+    """Frees the request's unread blocks and tail at the node of `link`; never raises an error."""
+    keys = prompt.block_keys[: None if prompt.cache_policy is CachePolicy.OFF else 0]
+    has_tail = len(prompt.token_ids) % block_size > 0
+    if not len(keys) and not has_tail:
+        return
+    try:
+        await link.discard(keys, tail_id=request_id if has_tail else "", request_id=request_id)
+    except SnowskinError as error:
+        log.debug("leftovers not freed", reason=error.reason, error=str(error))
