@@ -22,6 +22,13 @@ class RecordingLog:
         self.events.append(event)
 
 
+class IdleInstance:
+    draining = False
+
+    def load(self):
+        raise AssertionError("nobody asks")
+
+
 async def test_a_refusal_is_logged_also_by_an_instance_that_had_no_conductor_before(monkeypatch):
     log = RecordingLog()
     monkeypatch.setattr(registration, "log", log)
@@ -36,7 +43,7 @@ async def test_a_refusal_is_logged_also_by_an_instance_that_had_no_conductor_bef
         return 60.0
 
     monkeypatch.setattr(Registration, "_register", register)
-    standing = Registration("127.0.0.1:1", conductor_pb2.RegisterRequest(), None)
+    standing = Registration("127.0.0.1:1", conductor_pb2.RegisterRequest(), IdleInstance())
     running = asyncio.create_task(standing.run())
     async with asyncio.timeout(10):
         await done.wait()

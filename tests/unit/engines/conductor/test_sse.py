@@ -38,5 +38,8 @@ async def test_a_client_that_goes_away_from_a_stream_is_logged_with_its_request(
     async def send(message):
         raise AssertionError(f"nothing to send: {message}")
 
-    await sse.EventStream(silent, None, "r1")({"type": "http"}, receive, send)
+    def refuse(error):
+        raise AssertionError("nothing went wrong") from error
+
+    await sse.EventStream(silent, refuse, "r1")({"type": "http"}, receive, send)
     assert log.lines == [("client gone", "r1")]
