@@ -383,7 +383,9 @@ def test_a_session_begins_with_one_hello(node):
 def test_a_call_that_nobody_could_be_answered_is_no_call(node, name):
     with RawDoor(node.door) as door:
         door.hello()
-        door.say(door_pb2.DoorRequest(**{name: {}}))
+        request = door_pb2.DoorRequest()
+        getattr(request, name).SetInParent()
+        door.say(request)
         assert f"a {name} without a call id" in str(door.error())
         assert door.response() is None
 

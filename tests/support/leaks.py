@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-GRACE_S = 2.0  # for what ends by itself: joined threads, sockets that a library closes in its own
+GRACE_S = 5.0  # for what ends by itself: joined threads, sockets that a library closes in its own
 POLL_S = 0.02
 FD_KINDS = ("socket:", "pipe:", "/memfd:")
 SHM = Path("/dev/shm")
