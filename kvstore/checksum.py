@@ -76,10 +76,13 @@ class RunningChecksums:
         buffer, block_nbytes, end = self._buffer, self._block_nbytes, offset + nbytes
         if self._passed_nbytes:
             offset = self._extend(offset, min(end, offset + block_nbytes - self._passed_nbytes))
-        value, append = google_crc32c.value, self._crcs.append
-        while end - offset >= block_nbytes:
-            append(value(buffer[offset : offset + block_nbytes]))
-            offset += block_nbytes
+        if num_whole := (end - offset) // block_nbytes:
+            whole_end = offset + num_whole * block_nbytes
+            blocks = buffer[offset:whole_end].reshape(num_whole, block_nbytes)
+            self._crcs.extend(
+                map(google_crc32c.value, blocks)
+            )  # a loop in C: half the time for small blocks
+            offset = whole_end
         if offset < end:
             self._extend(offset, end)
 

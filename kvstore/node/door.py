@@ -16,6 +16,7 @@ import contextlib
 import os
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.errors import (
@@ -49,6 +50,12 @@ HELLO_TIMEOUT_S = 2.0
 ACCEPT_PAUSE_S = 1.0
 # Not more: the C library takes fresh pages for larger buffers, on each call.
 RECV_NBYTES = 64 << 10
+# Waking a sleeping node costs a client some 40 µs, half of a small pull. So a client whose last call came within
+# BRISK_S is looked for during POLL_S more before the loop sleeps, yielding the core to whoever wants it; and for no
+# longer than TURN_S in one go, so that others have their turn. A node that is not asked back to back never polls.
+BRISK_S = 300e-6
+POLL_S = 100e-6
+TURN_S = 1e-3
 MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
 MAX_CONNECTIONS = 1024
 MAX_REQUEST_ID = 128
@@ -57,7 +64,8 @@ _PEERCRED = struct.Struct("3i")
 
 log = get_logger(__name__)
 
-_ONE_WAY = ("release", "abort", "cancel")
+# A blocking client renews between two pieces of a copy, and does not wait for the answer.
+_ONE_WAY = ("release", "abort", "cancel", "renew")
 _REPLY_FIELDS = {
     "Matched": "match",
     "Released": "release",
@@ -203,6 +211,7 @@ class _Connection:
         self._session: Session | None = None
         self._request_ids: dict[int, str] = {}  # of calls that are not answered yet
         self._closed = False
+        self._served_at_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(peer.fileno(), self._on_readable)
         self._hello_timer = self._loop.call_later(hello_timeout_s, self.close, "no Hello came")
@@ -222,16 +231,38 @@ class _Connection:
             self._shell.end_session(self._session)
 
     def _on_readable(self) -> None:
+        """Serves what came; of a client that asks back to back, looks for the next call before it sleeps."""
+        now_s = time.perf_counter()
+        is_brisk = now_s - self._served_at_s < BRISK_S
+        turn_ends_s = poll_ends_s = now_s + TURN_S
+        while not self._closed and now_s < poll_ends_s:
+            data = self._receive()
+            if data:
+                self._serve(data)
+                self._served_at_s = time.perf_counter()
+                if not is_brisk:
+                    return
+                poll_ends_s = min(self._served_at_s + POLL_S, turn_ends_s)
+            elif not is_brisk:
+                return
+            else:
+                os.sched_yield()
+            now_s = time.perf_counter()
+
+    def _receive(self) -> bytes:
+        """The next bytes; nothing where none are there, or the connection was closed."""
         try:
             data = self._socket.recv(RECV_NBYTES)
         except (BlockingIOError, InterruptedError):
-            return
+            return b""
         except OSError as error:
             self.close(str(error))
-            return
+            return b""
         if not data:
             self.close("the client closed")
-            return
+        return data
+
+    def _serve(self, data: bytes) -> None:
         try:
             for payload in self._reader.feed(data):
                 self._on_message(payload)

@@ -48,6 +48,8 @@ class Residence:
         self._node_id = node_id
         self._max_extent_nbytes = max_extent_nbytes
         self._generation = 0
+        self.num_for_one_reader = 0
+        self._touched: list[Sequence[BlockEntry]] = []
 
     def pool_of(self, tenant: str) -> Pool:
         """The tenant's own pool: between tenants nothing is shared."""
@@ -82,6 +84,7 @@ class Residence:
         bound_nbytes = pool.used_nbytes(Use.COMMITTED) - pool.leased_nbytes
         if pool.free_nbytes + bound_nbytes < need_nbytes:
             return None
+        self.note_touches()
         chosen: list[BlockEntry] = []
         chosen_nbytes = 0
         for block_id in self._eviction.victims():
@@ -156,8 +159,10 @@ class Residence:
         segment.num_committed += 1
         if segment.num_leases:
             pool.leased_nbytes += segment.block_nbytes
+        self.num_for_one_reader += entry.one_reader
         if not entry.one_reader:
             # A block for one reader leaves with that reader; evicting it sooner would only cost a recomputation.
+            self.note_touches()
             self._eviction.on_insert(entry.id, entry.parent_id)
         self.counters["blocks_committed"] += 1
         return entry
@@ -178,14 +183,21 @@ class Residence:
         return self.index.entry(entry.id) is entry
 
     def touch(self, run: Sequence[BlockEntry]) -> None:
-        """A matched run was used."""
-        ids = [entry.id for entry in run if not entry.one_reader]
-        if ids:
-            self._eviction.on_touch(ids)
+        """A matched run was used; the eviction policy learns of it with `note_touches`."""
+        self._touched.append(run)
+
+    def note_touches(self) -> None:
+        """Tells the policy of the runs used since; off the path of an answer, but before anything is decided by it."""
+        for run in self._touched:
+            ids = [entry.id for entry in run if not entry.one_reader]
+            if ids:
+                self._eviction.on_touch(ids)
+        self._touched.clear()
 
     def remove(self, entry: BlockEntry) -> None:
         """Takes a block out of the index; its bytes come back at once, or with the last lease over its segment."""
         self.index.remove(entry)
+        self.num_for_one_reader -= entry.one_reader
         if not entry.one_reader:
             self._eviction.on_remove(entry.id)
         segment = entry.segment
@@ -251,6 +263,7 @@ class Residence:
                 committed[segment.pool_id] += nbytes
             leased[segment.pool_id] += segment.num_committed * segment.block_nbytes
         assert len(self._eviction) == num_evictable, "index and eviction policy disagree"
+        assert len(self.index) == num_evictable + self.num_for_one_reader, "one-reader miscounted"
         taken.sort()
         for (pool_id, offset, nbytes), (next_pool_id, next_offset, _) in pairwise(taken):
             assert (pool_id, offset + nbytes) <= (next_pool_id, next_offset), "two blocks overlap"

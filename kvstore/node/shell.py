@@ -82,11 +82,16 @@ class NodeShell:
     def request(self, session_id: SessionId, call_id: int, request: Request) -> None:
         """One call; its answer comes by the session's `answer`, now or later."""
         now_s = self.clock.now_s()
-        if isinstance(request, ReserveRequest | StatRequest):
+        if isinstance(request, ReserveRequest | StatRequest) or (
+            # One that was read must not be matched again.
+            self.state.residence.num_for_one_reader
+        ):
             self._read_boards(now_s)
-        elif (board := self._boards.get(session_id)) is not None:
-            self._read_board(session_id, board, now_s)
         self._carry_out(self.state.on_request(session_id, call_id, request, now_s))
+        # The answer is out; the rest is done while its reader works.
+        self.state.residence.note_touches()
+        if (board := self._boards.get(session_id)) is not None:
+            self._read_board(session_id, board, now_s)
 
     def open_board(self, session: Session) -> int:
         """The descriptor of a new release board of this session; the caller closes it."""

@@ -379,7 +379,7 @@ def test_a_session_begins_with_one_hello(node):
         assert door.response() is None
 
 
-@pytest.mark.parametrize("name", ["reserve", "commit", "probe", "match", "renew", "stat"])
+@pytest.mark.parametrize("name", ["reserve", "commit", "probe", "match", "stat"])
 def test_a_call_that_nobody_could_be_answered_is_no_call(node, name):
     with RawDoor(node.door) as door:
         door.hello()

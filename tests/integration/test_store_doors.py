@@ -518,3 +518,29 @@ def test_a_column_of_no_keys_asks_for_nothing(driver, address, namespace, baseli
                 local=client.register(np.zeros(10, np.uint8)),
                 local_offsets=[],
             )
+
+
+def test_a_client_that_never_pauses_leaves_the_others_their_turn(node):
+    """The door looks a little longer for a client that asks back to back, and no longer than a little."""
+    stop = threading.Event()
+    counts = []
+
+    def hammer():
+        with connected("blocking", node.door) as client:
+            num_calls = 0
+            while not stop.is_set():
+                client.stat()
+                num_calls += 1
+            counts.append(num_calls)
+
+    hammering = threading.Thread(target=hammer)
+    hammering.start()
+    try:
+        with connected("blocking", node.door) as other, connected("blocking", node.address) as far:
+            for _ in range(50):
+                other.stat()  # each within its second, or DeadlineExceeded
+                far.stat()
+    finally:
+        stop.set()
+        hammering.join()
+    assert counts[0] > 50

@@ -91,5 +91,5 @@ def test_calls_that_are_over_are_not_kept_behind_one_that_waits_on():
         room.add(call)
         room.remove(call)
     gc.collect()
-    assert sum(isinstance(thing, WaitingCall) for thing in gc.get_objects()) <= MAX_STALE + 4
+    assert sum(type(thing) is WaitingCall for thing in gc.get_objects()) <= MAX_STALE + 4
     assert room.next_deadline_s() == 5.0
