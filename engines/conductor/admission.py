@@ -1,4 +1,4 @@
-"""Refuse early: a request that would wait too long is told so before any work is done for it.
+"""Refuse early: a request that would wait too long is told so before any instance works for it.
 
 Rules kept here: limits are checked in a fixed order (requests, waiting tokens, estimated TTFT), so
 that equal views give equal answers; the limit on waiting never refuses what meets an empty queue,
