@@ -24,7 +24,6 @@ CHECKSUM_NBYTES = 4
 _RECORD = np.dtype("<u4")
 
 
-@lru_cache(maxsize=256)  # namespaces: few, and asked for with each pull
 def fold(text: bytes) -> int:
     """XOR of the little-endian 32-bit words of `text`, zero-padded."""
     number = int.from_bytes(text, "little")
@@ -33,6 +32,10 @@ def fold(text: bytes) -> int:
         folded ^= number & 0xFFFF_FFFF
         number >>= 32
     return folded
+
+
+# Namespaces are few and come with each pull. Keys are many and come once: they must not push namespaces out.
+_namespace_fold = lru_cache(maxsize=256)(fold)
 
 
 def fold_column(packed: bytes, width: int) -> Words:
@@ -79,9 +82,8 @@ class RunningChecksums:
         if num_whole := (end - offset) // block_nbytes:
             whole_end = offset + num_whole * block_nbytes
             blocks = buffer[offset:whole_end].reshape(num_whole, block_nbytes)
-            self._crcs.extend(
-                map(google_crc32c.value, blocks)
-            )  # a loop in C: half the time for small blocks
+            # A loop in C: half the time for small blocks.
+            self._crcs.extend(map(google_crc32c.value, blocks))
             offset = whole_end
         if offset < end:
             self._extend(offset, end)
@@ -98,7 +100,9 @@ class RunningChecksums:
     def records(self, namespace: bytes, packed: bytes, width: int) -> Words:
         """The records of all blocks that passed whole, under these keys."""
         crcs = np.array(self._crcs, _RECORD)
-        words: Words = crcs ^ fold_column(packed, width)[: len(crcs)] ^ np.uint32(fold(namespace))
+        words: Words = (
+            crcs ^ fold_column(packed, width)[: len(crcs)] ^ np.uint32(_namespace_fold(namespace))
+        )
         return words
 
     def mismatches(self, namespace: bytes, packed: bytes, width: int, expected: bytes) -> list[int]:
