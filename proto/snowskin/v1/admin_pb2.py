@@ -22,35 +22,72 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from snowskin.v1 import common_pb2 as snowskin_dot_v1_dot_common__pb2
 from snowskin.v1 import engine_pb2 as snowskin_dot_v1_dot_engine__pb2
 from snowskin.v1 import store_pb2 as snowskin_dot_v1_dot_store__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17snowskin/v1/admin.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/engine.proto\x1a\x17snowskin/v1/store.proto\"\x16\n\x14\x43lusterStatusRequest\"\xd3\x01\n\x15\x43lusterStatusResponse\x12.\n\tinstances\x18\x01 \x03(\x0b\x32\x1b.snowskin.v1.InstanceStatus\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x1c\n\x14num_requests_running\x18\x03 \x01(\r\x12\x1d\n\x15num_requests_finished\x18\x04 \x01(\x04\x12\x1c\n\x14num_requests_refused\x18\x05 \x01(\x04\x12\x1b\n\x13num_requests_failed\x18\x06 \x01(\x04\"\xc4\x01\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0cnode_address\x18\x04 \x01(\t\x12\'\n\x04load\x18\x05 \x01(\x0b\x32\x19.snowskin.v1.InstanceLoad\x12\r\n\x05state\x18\x06 \x01(\t\x12\x1c\n\x14seconds_since_report\x18\x07 \x01(\x01\x12\x12\n\nblock_size\x18\x08 \x01(\r\"\x0e\n\x0cNodesRequest\"7\n\rNodesResponse\x12&\n\x05nodes\x18\x01 \x03(\x0b\x32\x17.snowskin.v1.NodeStatus\"U\n\nNodeStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\'\n\x04stat\x18\x02 \x01(\x0b\x32\x19.snowskin.v1.StatResponse\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"C\n\x12MatchPromptRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\ttoken_ids\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06prompt\"x\n\x13MatchPromptResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12%\n\x05nodes\x18\x04 \x03(\x0b\x32\x16.snowskin.v1.NodeMatch\"[\n\tNodeMatch\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x1a\n\x12num_blocks_present\x18\x03 \x01(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t2\xf1\x01\n\x05\x41\x64min\x12V\n\rClusterStatus\x12!.snowskin.v1.ClusterStatusRequest\x1a\".snowskin.v1.ClusterStatusResponse\x12>\n\x05Nodes\x12\x19.snowskin.v1.NodesRequest\x1a\x1a.snowskin.v1.NodesResponse\x12P\n\x0bMatchPrompt\x12\x1f.snowskin.v1.MatchPromptRequest\x1a .snowskin.v1.MatchPromptResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17snowskin/v1/admin.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\x1a\x18snowskin/v1/engine.proto\x1a\x17snowskin/v1/store.proto\"\x16\n\x14\x43lusterStatusRequest\"\xd3\x01\n\x15\x43lusterStatusResponse\x12.\n\tinstances\x18\x01 \x03(\x0b\x32\x1b.snowskin.v1.InstanceStatus\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x1c\n\x14num_requests_running\x18\x03 \x01(\r\x12\x1d\n\x15num_requests_finished\x18\x04 \x01(\x04\x12\x1c\n\x14num_requests_refused\x18\x05 \x01(\x04\x12\x1b\n\x13num_requests_failed\x18\x06 \x01(\x04\"\xc4\x01\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0cnode_address\x18\x04 \x01(\t\x12\'\n\x04load\x18\x05 \x01(\x0b\x32\x19.snowskin.v1.InstanceLoad\x12\r\n\x05state\x18\x06 \x01(\t\x12\x1c\n\x14seconds_since_report\x18\x07 \x01(\x01\x12\x12\n\nblock_size\x18\x08 \x01(\r\"\x0e\n\x0cNodesRequest\"7\n\rNodesResponse\x12&\n\x05nodes\x18\x01 \x03(\x0b\x32\x17.snowskin.v1.NodeStatus\"U\n\nNodeStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\'\n\x04stat\x18\x02 \x01(\x0b\x32\x19.snowskin.v1.StatResponse\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"C\n\x12MatchPromptRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\ttoken_ids\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06prompt\"x\n\x13MatchPromptResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12%\n\x05nodes\x18\x04 \x03(\x0b\x32\x16.snowskin.v1.NodeMatch\"[\n\tNodeMatch\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x1a\n\x12num_blocks_present\x18\x03 \x01(\r\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"v\n\x11ListBlocksRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x12\n\nkey_prefix\x18\x02 \x01(\x0c\x12\x13\n\x0bleased_only\x18\x03 \x01(\x08\x12\x11\n\tpage_size\x18\x04 \x01(\r\x12\x12\n\npage_token\x18\x05 \x01(\x0c\"U\n\x12ListBlocksResponse\x12&\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x16.snowskin.v1.BlockInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\"\xc6\x01\n\tBlockInfo\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12#\n\x06\x65xtent\x18\x03 \x01(\x0b\x32\x13.snowskin.v1.Extent\x12\x12\n\nparent_key\x18\x04 \x01(\x0c\x12\x14\n\x0cnum_children\x18\x05 \x01(\r\x12\x17\n\x0fnum_read_leases\x18\x06 \x01(\r\x12\r\n\x05\x61ge_s\x18\x07 \x01(\x01\x12\x0e\n\x06idle_s\x18\x08 \x01(\x01\x12\x12\n\none_reader\x18\t \x01(\x08\"2\n\x10ShowBlockRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"<\n\x11ShowBlockResponse\x12\'\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x17.snowskin.v1.ShownBlock\"\x85\x01\n\nShownBlock\x12%\n\x05\x62lock\x18\x01 \x01(\x0b\x32\x16.snowskin.v1.BlockInfo\x12(\n\x08\x63hecksum\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.Checksums\x12&\n\x06leases\x18\x03 \x03(\x0b\x32\x16.snowskin.v1.LeaseInfo\"\xbe\x01\n\tLeaseInfo\x12\n\n\x02id\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.snowskin.v1.LeaseKind\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.snowskin.v1.LeaseState\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\x12\x14\n\x0cseconds_left\x18\x06 \x01(\x01\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x0e\n\x06nbytes\x18\x08 \x01(\x04\"p\n\x11ListLeasesRequest\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.snowskin.v1.LeaseKind\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\x0c\"U\n\x12ListLeasesResponse\x12&\n\x06leases\x18\x01 \x03(\x0b\x32\x16.snowskin.v1.LeaseInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\"&\n\x12RevokeLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"<\n\x13RevokeLeaseResponse\x12%\n\x05lease\x18\x01 \x01(\x0b\x32\x16.snowskin.v1.LeaseInfo\"e\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\"Z\n\rEvictResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\x12\x10\n\x08num_held\x18\x03 \x01(\x04\x12\x13\n\x0bnum_unknown\x18\x04 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"B\n\rDrainResponse\x12\x17\n\x0fnum_read_leases\x18\x01 \x01(\r\x12\x18\n\x10num_write_leases\x18\x02 \x01(\r*R\n\tLeaseKind\x12\x1a\n\x16LEASE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fLEASE_KIND_READ\x10\x01\x12\x14\n\x10LEASE_KIND_WRITE\x10\x02*u\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12LEASE_STATE_ACTIVE\x10\x01\x12\x15\n\x11LEASE_STATE_GRACE\x10\x02\x12\x1b\n\x17LEASE_STATE_QUARANTINED\x10\x03\x32\xf1\x01\n\x05\x41\x64min\x12V\n\rClusterStatus\x12!.snowskin.v1.ClusterStatusRequest\x1a\".snowskin.v1.ClusterStatusResponse\x12>\n\x05Nodes\x12\x19.snowskin.v1.NodesRequest\x1a\x1a.snowskin.v1.NodesResponse\x12P\n\x0bMatchPrompt\x12\x1f.snowskin.v1.MatchPromptRequest\x1a .snowskin.v1.MatchPromptResponse2\xc7\x03\n\tNodeAdmin\x12M\n\nListBlocks\x12\x1e.snowskin.v1.ListBlocksRequest\x1a\x1f.snowskin.v1.ListBlocksResponse\x12J\n\tShowBlock\x12\x1d.snowskin.v1.ShowBlockRequest\x1a\x1e.snowskin.v1.ShowBlockResponse\x12M\n\nListLeases\x12\x1e.snowskin.v1.ListLeasesRequest\x1a\x1f.snowskin.v1.ListLeasesResponse\x12P\n\x0bRevokeLease\x12\x1f.snowskin.v1.RevokeLeaseRequest\x1a .snowskin.v1.RevokeLeaseResponse\x12>\n\x05\x45vict\x12\x19.snowskin.v1.EvictRequest\x1a\x1a.snowskin.v1.EvictResponse\x12>\n\x05\x44rain\x12\x19.snowskin.v1.DrainRequest\x1a\x1a.snowskin.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snowskin.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=91
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=113
-  _globals['_CLUSTERSTATUSRESPONSE']._serialized_start=116
-  _globals['_CLUSTERSTATUSRESPONSE']._serialized_end=327
-  _globals['_INSTANCESTATUS']._serialized_start=330
-  _globals['_INSTANCESTATUS']._serialized_end=526
-  _globals['_NODESREQUEST']._serialized_start=528
-  _globals['_NODESREQUEST']._serialized_end=542
-  _globals['_NODESRESPONSE']._serialized_start=544
-  _globals['_NODESRESPONSE']._serialized_end=599
-  _globals['_NODESTATUS']._serialized_start=601
-  _globals['_NODESTATUS']._serialized_end=686
-  _globals['_MATCHPROMPTREQUEST']._serialized_start=688
-  _globals['_MATCHPROMPTREQUEST']._serialized_end=755
-  _globals['_MATCHPROMPTRESPONSE']._serialized_start=757
-  _globals['_MATCHPROMPTRESPONSE']._serialized_end=877
-  _globals['_NODEMATCH']._serialized_start=879
-  _globals['_NODEMATCH']._serialized_end=970
-  _globals['_ADMIN']._serialized_start=973
-  _globals['_ADMIN']._serialized_end=1214
+  _globals['_LEASEKIND']._serialized_start=2431
+  _globals['_LEASEKIND']._serialized_end=2513
+  _globals['_LEASESTATE']._serialized_start=2515
+  _globals['_LEASESTATE']._serialized_end=2632
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=117
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=139
+  _globals['_CLUSTERSTATUSRESPONSE']._serialized_start=142
+  _globals['_CLUSTERSTATUSRESPONSE']._serialized_end=353
+  _globals['_INSTANCESTATUS']._serialized_start=356
+  _globals['_INSTANCESTATUS']._serialized_end=552
+  _globals['_NODESREQUEST']._serialized_start=554
+  _globals['_NODESREQUEST']._serialized_end=568
+  _globals['_NODESRESPONSE']._serialized_start=570
+  _globals['_NODESRESPONSE']._serialized_end=625
+  _globals['_NODESTATUS']._serialized_start=627
+  _globals['_NODESTATUS']._serialized_end=712
+  _globals['_MATCHPROMPTREQUEST']._serialized_start=714
+  _globals['_MATCHPROMPTREQUEST']._serialized_end=781
+  _globals['_MATCHPROMPTRESPONSE']._serialized_start=783
+  _globals['_MATCHPROMPTRESPONSE']._serialized_end=903
+  _globals['_NODEMATCH']._serialized_start=905
+  _globals['_NODEMATCH']._serialized_end=996
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=998
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=1116
+  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1118
+  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1203
+  _globals['_BLOCKINFO']._serialized_start=1206
+  _globals['_BLOCKINFO']._serialized_end=1404
+  _globals['_SHOWBLOCKREQUEST']._serialized_start=1406
+  _globals['_SHOWBLOCKREQUEST']._serialized_end=1456
+  _globals['_SHOWBLOCKRESPONSE']._serialized_start=1458
+  _globals['_SHOWBLOCKRESPONSE']._serialized_end=1518
+  _globals['_SHOWNBLOCK']._serialized_start=1521
+  _globals['_SHOWNBLOCK']._serialized_end=1654
+  _globals['_LEASEINFO']._serialized_start=1657
+  _globals['_LEASEINFO']._serialized_end=1847
+  _globals['_LISTLEASESREQUEST']._serialized_start=1849
+  _globals['_LISTLEASESREQUEST']._serialized_end=1961
+  _globals['_LISTLEASESRESPONSE']._serialized_start=1963
+  _globals['_LISTLEASESRESPONSE']._serialized_end=2048
+  _globals['_REVOKELEASEREQUEST']._serialized_start=2050
+  _globals['_REVOKELEASEREQUEST']._serialized_end=2088
+  _globals['_REVOKELEASERESPONSE']._serialized_start=2090
+  _globals['_REVOKELEASERESPONSE']._serialized_end=2150
+  _globals['_EVICTREQUEST']._serialized_start=2152
+  _globals['_EVICTREQUEST']._serialized_end=2253
+  _globals['_EVICTRESPONSE']._serialized_start=2255
+  _globals['_EVICTRESPONSE']._serialized_end=2345
+  _globals['_DRAINREQUEST']._serialized_start=2347
+  _globals['_DRAINREQUEST']._serialized_end=2361
+  _globals['_DRAINRESPONSE']._serialized_start=2363
+  _globals['_DRAINRESPONSE']._serialized_end=2429
+  _globals['_ADMIN']._serialized_start=2635
+  _globals['_ADMIN']._serialized_end=2876
+  _globals['_NODEADMIN']._serialized_start=2879
+  _globals['_NODEADMIN']._serialized_end=3334
 # @@protoc_insertion_point(module_scope)

@@ -1,12 +1,34 @@
+from snowskin.v1 import common_pb2 as _common_pb2
 from snowskin.v1 import engine_pb2 as _engine_pb2
 from snowskin.v1 import store_pb2 as _store_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class LeaseKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEASE_KIND_UNSPECIFIED: _ClassVar[LeaseKind]
+    LEASE_KIND_READ: _ClassVar[LeaseKind]
+    LEASE_KIND_WRITE: _ClassVar[LeaseKind]
+
+class LeaseState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEASE_STATE_UNSPECIFIED: _ClassVar[LeaseState]
+    LEASE_STATE_ACTIVE: _ClassVar[LeaseState]
+    LEASE_STATE_GRACE: _ClassVar[LeaseState]
+    LEASE_STATE_QUARANTINED: _ClassVar[LeaseState]
+LEASE_KIND_UNSPECIFIED: LeaseKind
+LEASE_KIND_READ: LeaseKind
+LEASE_KIND_WRITE: LeaseKind
+LEASE_STATE_UNSPECIFIED: LeaseState
+LEASE_STATE_ACTIVE: LeaseState
+LEASE_STATE_GRACE: LeaseState
+LEASE_STATE_QUARANTINED: LeaseState
 
 class ClusterStatusRequest(_message.Message):
     __slots__ = ()
@@ -99,3 +121,159 @@ class NodeMatch(_message.Message):
     num_blocks_present: int
     error: str
     def __init__(self, address: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_blocks_present: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ListBlocksRequest(_message.Message):
+    __slots__ = ("namespace", "key_prefix", "leased_only", "page_size", "page_token")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    LEASED_ONLY_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    key_prefix: bytes
+    leased_only: bool
+    page_size: int
+    page_token: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., key_prefix: _Optional[bytes] = ..., leased_only: bool = ..., page_size: _Optional[int] = ..., page_token: _Optional[bytes] = ...) -> None: ...
+
+class ListBlocksResponse(_message.Message):
+    __slots__ = ("blocks", "next_page_token")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
+    next_page_token: bytes
+    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., next_page_token: _Optional[bytes] = ...) -> None: ...
+
+class BlockInfo(_message.Message):
+    __slots__ = ("namespace", "key", "extent", "parent_key", "num_children", "num_read_leases", "age_s", "idle_s", "one_reader")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHILDREN_FIELD_NUMBER: _ClassVar[int]
+    NUM_READ_LEASES_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    ONE_READER_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    key: bytes
+    extent: _common_pb2.Extent
+    parent_key: bytes
+    num_children: int
+    num_read_leases: int
+    age_s: float
+    idle_s: float
+    one_reader: bool
+    def __init__(self, namespace: _Optional[bytes] = ..., key: _Optional[bytes] = ..., extent: _Optional[_Union[_common_pb2.Extent, _Mapping]] = ..., parent_key: _Optional[bytes] = ..., num_children: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., age_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., one_reader: bool = ...) -> None: ...
+
+class ShowBlockRequest(_message.Message):
+    __slots__ = ("namespace", "key")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    key: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class ShowBlockResponse(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[ShownBlock]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[ShownBlock, _Mapping]]] = ...) -> None: ...
+
+class ShownBlock(_message.Message):
+    __slots__ = ("block", "checksum", "leases")
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    block: BlockInfo
+    checksum: _common_pb2.Checksums
+    leases: _containers.RepeatedCompositeFieldContainer[LeaseInfo]
+    def __init__(self, block: _Optional[_Union[BlockInfo, _Mapping]] = ..., checksum: _Optional[_Union[_common_pb2.Checksums, _Mapping]] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ...) -> None: ...
+
+class LeaseInfo(_message.Message):
+    __slots__ = ("id", "kind", "state", "client", "age_s", "seconds_left", "num_blocks", "nbytes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    kind: LeaseKind
+    state: LeaseState
+    client: str
+    age_s: float
+    seconds_left: float
+    num_blocks: int
+    nbytes: int
+    def __init__(self, id: _Optional[int] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., state: _Optional[_Union[LeaseState, str]] = ..., client: _Optional[str] = ..., age_s: _Optional[float] = ..., seconds_left: _Optional[float] = ..., num_blocks: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class ListLeasesRequest(_message.Message):
+    __slots__ = ("kind", "client", "page_size", "page_token")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    kind: LeaseKind
+    client: str
+    page_size: int
+    page_token: bytes
+    def __init__(self, kind: _Optional[_Union[LeaseKind, str]] = ..., client: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[bytes] = ...) -> None: ...
+
+class ListLeasesResponse(_message.Message):
+    __slots__ = ("leases", "next_page_token")
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    leases: _containers.RepeatedCompositeFieldContainer[LeaseInfo]
+    next_page_token: bytes
+    def __init__(self, leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., next_page_token: _Optional[bytes] = ...) -> None: ...
+
+class RevokeLeaseRequest(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
+
+class RevokeLeaseResponse(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: LeaseInfo
+    def __init__(self, lease: _Optional[_Union[LeaseInfo, _Mapping]] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("namespace", "keys", "all", "dry_run")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    keys: _common_pb2.KeyColumn
+    all: bool
+    dry_run: bool
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ..., all: bool = ..., dry_run: bool = ...) -> None: ...
+
+class EvictResponse(_message.Message):
+    __slots__ = ("num_blocks", "nbytes", "num_held", "num_unknown")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    nbytes: int
+    num_held: int
+    num_unknown: int
+    def __init__(self, num_blocks: _Optional[int] = ..., nbytes: _Optional[int] = ..., num_held: _Optional[int] = ..., num_unknown: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("num_read_leases", "num_write_leases")
+    NUM_READ_LEASES_FIELD_NUMBER: _ClassVar[int]
+    NUM_WRITE_LEASES_FIELD_NUMBER: _ClassVar[int]
+    num_read_leases: int
+    num_write_leases: int
+    def __init__(self, num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ...) -> None: ...

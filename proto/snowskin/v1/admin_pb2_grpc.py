@@ -184,3 +184,299 @@ class Admin(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class NodeAdminStub(object):
+    """Served by every node, beside Store. What takes something away is written to the node's log with who asked.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListBlocks = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/ListBlocks',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.ListBlocksResponse.FromString,
+                _registered_method=True)
+        self.ShowBlock = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/ShowBlock',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.ShowBlockRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.ShowBlockResponse.FromString,
+                _registered_method=True)
+        self.ListLeases = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/ListLeases',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.ListLeasesRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.ListLeasesResponse.FromString,
+                _registered_method=True)
+        self.RevokeLease = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/RevokeLease',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.RevokeLeaseRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.RevokeLeaseResponse.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/Evict',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.EvictRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.EvictResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/Drain',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+
+
+class NodeAdminServicer(object):
+    """Served by every node, beside Store. What takes something away is written to the node's log with who asked.
+    """
+
+    def ListBlocks(self, request, context):
+        """Visible blocks, a page at a time, by namespace and key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ShowBlock(self, request, context):
+        """Everything about one block, with who holds it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLeases(self, request, context):
+        """Leases of readers and of writers, those in grace and in quarantine included, a page at a time, by id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeLease(self, request, context):
+        """Ends a lease as if its time had run out now: a reader keeps its grace, a writer's room goes into quarantine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Takes blocks out that nobody holds. With `dry_run` it only counts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """The node grants no new leases from now on; what is leased is served to the end. Stat tells what is left.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_NodeAdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.ListBlocksRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.ListBlocksResponse.SerializeToString,
+            ),
+            'ShowBlock': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShowBlock,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.ShowBlockRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.ShowBlockResponse.SerializeToString,
+            ),
+            'ListLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLeases,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.ListLeasesRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.ListLeasesResponse.SerializeToString,
+            ),
+            'RevokeLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeLease,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.RevokeLeaseRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.RevokeLeaseResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.EvictRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.EvictResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'snowskin.v1.NodeAdmin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('snowskin.v1.NodeAdmin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class NodeAdmin(object):
+    """Served by every node, beside Store. What takes something away is written to the node's log with who asked.
+    """
+
+    @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/ListBlocks',
+            snowskin_dot_v1_dot_admin__pb2.ListBlocksRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.ListBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShowBlock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/ShowBlock',
+            snowskin_dot_v1_dot_admin__pb2.ShowBlockRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.ShowBlockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/ListLeases',
+            snowskin_dot_v1_dot_admin__pb2.ListLeasesRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.ListLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/RevokeLease',
+            snowskin_dot_v1_dot_admin__pb2.RevokeLeaseRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.RevokeLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/Evict',
+            snowskin_dot_v1_dot_admin__pb2.EvictRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/Drain',
+            snowskin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

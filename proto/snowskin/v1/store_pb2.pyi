@@ -234,6 +234,42 @@ class PoolStat(_message.Message):
     leased_nbytes: int
     def __init__(self, pool_id: _Optional[int] = ..., tier: _Optional[_Union[_common_pb2.Tier, str]] = ..., tenant: _Optional[str] = ..., capacity_nbytes: _Optional[int] = ..., free_nbytes: _Optional[int] = ..., committed_nbytes: _Optional[int] = ..., reserved_nbytes: _Optional[int] = ..., quarantined_nbytes: _Optional[int] = ..., largest_hole_nbytes: _Optional[int] = ..., leased_nbytes: _Optional[int] = ...) -> None: ...
 
+class WatchRequest(_message.Message):
+    __slots__ = ("node_epoch", "sequence")
+    NODE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    node_epoch: int
+    sequence: int
+    def __init__(self, node_epoch: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class WatchResponse(_message.Message):
+    __slots__ = ("node_epoch", "sequence", "snapshot_begins", "in_sync", "changes", "num_blocks", "digest")
+    NODE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_BEGINS_FIELD_NUMBER: _ClassVar[int]
+    IN_SYNC_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    node_epoch: int
+    sequence: int
+    snapshot_begins: bool
+    in_sync: bool
+    changes: _containers.RepeatedCompositeFieldContainer[BlockChange]
+    num_blocks: int
+    digest: int
+    def __init__(self, node_epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., snapshot_begins: bool = ..., in_sync: bool = ..., changes: _Optional[_Iterable[_Union[BlockChange, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., digest: _Optional[int] = ...) -> None: ...
+
+class BlockChange(_message.Message):
+    __slots__ = ("namespace", "removed", "keys")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    removed: bool
+    keys: _common_pb2.KeyColumn
+    def __init__(self, namespace: _Optional[bytes] = ..., removed: bool = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ...) -> None: ...
+
 class WriteRequest(_message.Message):
     __slots__ = ("lease", "offset", "data")
     LEASE_FIELD_NUMBER: _ClassVar[int]

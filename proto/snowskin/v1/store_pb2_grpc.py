@@ -74,6 +74,11 @@ class StoreStub(object):
                 request_serializer=snowskin_dot_v1_dot_store__pb2.StatRequest.SerializeToString,
                 response_deserializer=snowskin_dot_v1_dot_store__pb2.StatResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/snowskin.v1.Store/Watch',
+                request_serializer=snowskin_dot_v1_dot_store__pb2.WatchRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_store__pb2.WatchResponse.FromString,
+                _registered_method=True)
         self.Write = channel.stream_unary(
                 '/snowskin.v1.Store/Write',
                 request_serializer=snowskin_dot_v1_dot_store__pb2.WriteRequest.SerializeToString,
@@ -145,6 +150,14 @@ class StoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """What becomes visible on this node and what goes, as it happens: for the directories of conductors and routers.
+        What is told is a hint: only a Match knows. Tails and blocks for one reader are never told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Write(self, request_iterator, context):
         """Slow path: bytes of a reservation, in chunks of at most 1 MiB.
         """
@@ -201,6 +214,11 @@ def add_StoreServicer_to_server(servicer, server):
                     servicer.Stat,
                     request_deserializer=snowskin_dot_v1_dot_store__pb2.StatRequest.FromString,
                     response_serializer=snowskin_dot_v1_dot_store__pb2.StatResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=snowskin_dot_v1_dot_store__pb2.WatchRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_store__pb2.WatchResponse.SerializeToString,
             ),
             'Write': grpc.stream_unary_rpc_method_handler(
                     servicer.Write,
@@ -429,6 +447,33 @@ class Store(object):
             '/snowskin.v1.Store/Stat',
             snowskin_dot_v1_dot_store__pb2.StatRequest.SerializeToString,
             snowskin_dot_v1_dot_store__pb2.StatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/snowskin.v1.Store/Watch',
+            snowskin_dot_v1_dot_store__pb2.WatchRequest.SerializeToString,
+            snowskin_dot_v1_dot_store__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
