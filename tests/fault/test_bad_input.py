@@ -79,7 +79,7 @@ async def test_bad_requests_are_refused_by_name_and_leave_nothing(up, before, mo
     for _what, data in RAW:
         await say_and_hang_up(up.http_address, data)
         await say_and_hang_up(up.conductor_address, data)
-        await say_and_hang_up(up.node_address, data)
+        await say_and_hang_up(up.node_addresses[0], data)
     await up.settles_at(before, SETTLE_S)
     prompt = prompt_tokens(100, next(seeds))
     assert_exact(monolith, prompt, await up.ask(prompt, 20), 20)

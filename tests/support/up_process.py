@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -32,7 +33,6 @@ from snowskin.v1 import engine_pb2, engine_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
-    from pathlib import Path
 
     from snowskin.kvstore.messages import NodeStat
 
@@ -60,7 +60,7 @@ CAUGHT_LOOK_S = 0.001
 
 _HTTP = re.compile(r"http://(\S+)/v1")
 _CONDUCTOR = re.compile(r"conductor: (\S+)")
-_NODE = re.compile(r"node-0: (\S+)\s+door (\S+)")
+_NODE = re.compile(r"node-\d+: (\S+)\s+door (\S+)")
 
 
 async def eventually(look, within_s: float, what: str = ""):
@@ -90,14 +90,14 @@ class Held:
     num_sessions: int
     num_requests_running: int
     engines_busy: tuple[str, ...]
+    num_processes: int
     num_fds: dict[str, int]
+    num_memfds: dict[str, int]
 
     def kept_to(self, before: Held) -> bool:
         """Whether everything is as it was."""
         fds = all(self.num_fds.get(name, 0) <= num for name, num in before.num_fds.items())
-        return fds and dataclasses.replace(self, num_fds={}) == dataclasses.replace(
-            before, num_fds={}
-        )
+        return fds and dataclasses.replace(self, num_fds=before.num_fds) == before
 
 
 @dataclass(kw_only=True)
@@ -177,9 +177,19 @@ def assert_exact(monolith, prompt: list[int], answer: Answer, num_tokens: int) -
 class UpProcess:
     """A cluster that `snowskin up` keeps; `with` ends it."""
 
-    def __init__(self, model: Path, directory: Path, *flags: str, settings: str = "") -> None:
-        """`settings` is TOML for all roles; logs and sockets lie in `directory`."""
+    def __init__(
+        self,
+        model: Path,
+        directory: Path,
+        *flags: str,
+        settings: str = "",
+        num_nodes: int = 1,
+        num_engines: int = 1,
+    ) -> None:
+        """`settings` is TOML for all roles; `num_engines` of each kind; logs and sockets lie in `directory`."""
         self.model = model
+        self.engines = [f"{role}-{n}" for role in ("prefill", "decode") for n in range(num_engines)]
+        self.names = [*(f"node-{n}" for n in range(num_nodes)), "conductor", *self.engines]
         self.log_path = directory / "up.log"
         self.runtime = directory / "run"
         self.runtime.mkdir()
@@ -187,10 +197,12 @@ class UpProcess:
         config.write_text(settings)
         self._command = [
             sys.executable, "-m", "snowskin.tools.cluster.main", "up", "--model", str(model),
-            "--config", str(config), "--http-port", "0", "--log-json", *flags,
+            "--config", str(config), "--http-port", "0", "--log-json", "--nodes", str(num_nodes),
+            "--prefill", str(num_engines), "--decode", str(num_engines), *flags,
         ]  # fmt: skip
         self.process: subprocess.Popen[str]
-        self.http_address = self.conductor_address = self.node_address = self.door = ""
+        self.http_address = self.conductor_address = ""
+        self.node_addresses: tuple[str, ...] = ()
 
     # --- life
 
@@ -222,7 +234,7 @@ class UpProcess:
             raise AssertionError(f"up ended: {said}{self.log_path.read_text()[-2000:]}")
         (self.http_address,) = _found(_HTTP, said)
         (self.conductor_address,) = _found(_CONDUCTOR, said)
-        self.node_address, self.door = _found(_NODE, said)
+        self.node_addresses = tuple(address for address, _door in _NODE.findall(said))
 
     def __exit__(self, *_: object) -> None:
         self.resume_all()
@@ -348,10 +360,10 @@ class UpProcess:
     # --- what it holds
 
     @contextlib.asynccontextmanager
-    async def observing(self) -> AsyncIterator[StoreClient]:
-        """A client of the node that only looks; gRPC clients share a session of the node's own."""
+    async def observing(self, node: int = 0) -> AsyncIterator[StoreClient]:
+        """A client of a node that only looks, by gRPC."""
         client = await StoreClient.connect(
-            self.node_address, client_name="observer", access=Access.READ
+            self.node_addresses[node], client_name="observer", access=Access.READ
         )
         async with client:
             yield client
@@ -360,22 +372,28 @@ class UpProcess:
         """What node, conductor and engines hold now."""
         async with AdminClient(self.conductor_address, timeout_s=2.0) as admin:
             status = await admin.cluster_status()
-        async with self.observing() as node:
-            stat = await node.stat()
-        (pool,) = stat.pools
+        stats = []
+        for index in range(len(self.node_addresses)):
+            async with self.observing(index) as node:
+                stats.append(await node.stat())
+        pools = [pool for stat in stats for pool in stat.pools]
         busy = [await _busy(instance.address) for instance in status.instances]
         return Held(
-            capacity_nbytes=pool.capacity_nbytes,
-            unaccounted_nbytes=pool.capacity_nbytes - pool.free_nbytes - pool.committed_nbytes,
-            reserved_nbytes=pool.reserved_nbytes,
-            quarantined_nbytes=pool.quarantined_nbytes,
-            leased_nbytes=pool.leased_nbytes,
-            num_leases=stat.num_read_leases + stat.num_write_leases,
-            num_waiting=stat.num_waiting_matches + stat.num_waiting_reserves,
-            num_sessions=stat.num_sessions,
+            capacity_nbytes=sum(pool.capacity_nbytes for pool in pools),
+            unaccounted_nbytes=sum(
+                pool.capacity_nbytes - pool.free_nbytes - pool.committed_nbytes for pool in pools
+            ),
+            reserved_nbytes=sum(pool.reserved_nbytes for pool in pools),
+            quarantined_nbytes=sum(pool.quarantined_nbytes for pool in pools),
+            leased_nbytes=sum(pool.leased_nbytes for pool in pools),
+            num_leases=sum(stat.num_read_leases + stat.num_write_leases for stat in stats),
+            num_waiting=sum(stat.num_waiting_matches + stat.num_waiting_reserves for stat in stats),
+            num_sessions=sum(stat.num_sessions for stat in stats),
             num_requests_running=status.num_requests_running,
             engines_busy=tuple(busy),
-            num_fds={name: self.child(name).num_fds() for name in ("node-0", "conductor")},
+            num_processes=len(self.children()),
+            num_fds={name: self.child(name).num_fds() for name in self.names},
+            num_memfds={name: _num_memfds(self.child(name)) for name in self.names},
         )
 
     async def settled(self, within_s=30.0):
@@ -387,7 +405,7 @@ class UpProcess:
                     status = await admin.cluster_status()
                 states = [instance.state for instance in status.instances]
                 held = await self.held()
-                if states == ["ready"] * 2 and not any(held.engines_busy):
+                if states == ["ready"] * len(self.engines) and not any(held.engines_busy):
                     return held
             return None
 
@@ -414,6 +432,17 @@ def _found(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:
     match = pattern.search(text)
     assert match is not None, f"no {pattern.pattern!r} in {text!r}"
     return match.groups()
+
+
+def _num_memfds(process: psutil.Process) -> int:
+    """Memory of pools that a process has open or mapped: each descriptor and each mapping counts."""
+    folder = Path(f"/proc/{process.pid}")
+    targets = []
+    for fd in (folder / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(fd))
+    maps = (folder / "maps").read_text().count("/memfd:")
+    return sum(target.startswith("/memfd:") for target in targets) + maps
 
 
 async def _busy(address: str) -> str:
