@@ -109,6 +109,14 @@ class BlockHashChain:
         return hashes
 
 
+def digest_part(name: bytes) -> int:
+    """What a namespace or a key brings into the digest of a Watch: its first eight bytes, little-endian.
+
+    The digest of a set of blocks is the XOR of `digest_part(namespace) ^ digest_part(key)` over them.
+    """
+    return int.from_bytes(name[:8], "little")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyColumn:
     """Keys of consecutive blocks, in prefix order, in one `bytes`.

@@ -257,6 +257,39 @@ class NodeStat:
 
 ReplyMessage = Reserved | Committed | Aborted | Probed | Matched | Renewed | Released | NodeStat
 
+# --- what a node tells those who watch its blocks
+
+
+@value()
+class WatchRequest:
+    """Where a subscriber stands: the epoch that it saw and the last change that it took in; zeros mean nowhere."""
+
+    node_epoch: int = 0
+    sequence: int = 0
+
+
+@value()
+class BlockChange:
+    """Blocks of one namespace that can be matched now or, where `removed`, cannot any more."""
+
+    namespace: bytes
+    keys: KeyColumn
+    removed: bool = False
+
+
+@value()
+class Watched:
+    """One message of a Watch; `num_blocks` and `digest` are of meaning where `in_sync`."""
+
+    node_epoch: int
+    sequence: int
+    changes: tuple[BlockChange, ...] = ()
+    snapshot_begins: bool = False
+    in_sync: bool = False
+    num_blocks: int = 0
+    digest: int = 0
+
+
 # --- effects of the node's state machine
 
 

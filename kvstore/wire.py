@@ -18,6 +18,7 @@ from snowskin.kvstore.messages import (
     Aborted,
     AbortRequest,
     Access,
+    BlockChange,
     CommitRequest,
     Committed,
     Complaint,
@@ -44,6 +45,8 @@ from snowskin.kvstore.messages import (
     StatRequest,
     TailSpec,
     WakeReason,
+    Watched,
+    WatchRequest,
 )
 from snowskin.v1 import common_pb2, door_pb2, store_pb2
 
@@ -458,6 +461,57 @@ def reply_from(name: str, message: Any, node_id: str) -> ReplyMessage:
         case "stat":
             return stat_from(message)
     raise ProtocolViolation(f"the node answered with {name!r}, which is no reply")
+
+
+# --- what a node tells those who watch its blocks
+
+
+def watch_request_to(request: WatchRequest) -> store_pb2.WatchRequest:
+    """Where a subscriber stands."""
+    return store_pb2.WatchRequest(node_epoch=request.node_epoch, sequence=request.sequence)
+
+
+def watch_request_from(message: store_pb2.WatchRequest) -> WatchRequest:
+    """Where a subscriber says that it stands."""
+    return WatchRequest(node_epoch=message.node_epoch, sequence=message.sequence)
+
+
+def watched_to(watched: Watched) -> store_pb2.WatchResponse:
+    """One message of a Watch."""
+    message = store_pb2.WatchResponse(
+        node_epoch=watched.node_epoch,
+        sequence=watched.sequence,
+        snapshot_begins=watched.snapshot_begins,
+        in_sync=watched.in_sync,
+        num_blocks=watched.num_blocks,
+        digest=watched.digest,
+    )
+    for change in watched.changes:
+        record = message.changes.add(namespace=change.namespace, removed=change.removed)
+        _set_keys(record.keys, change.keys)
+    return message
+
+
+def watched_from(message: store_pb2.WatchResponse) -> Watched:
+    """One message of a Watch; BadKeyColumn where a record's keys are none."""
+    return Watched(
+        node_epoch=message.node_epoch,
+        sequence=message.sequence,
+        snapshot_begins=message.snapshot_begins,
+        in_sync=message.in_sync,
+        num_blocks=message.num_blocks,
+        digest=message.digest,
+        changes=tuple(
+            [
+                BlockChange(
+                    namespace=record.namespace,
+                    keys=keys_from(record.keys),
+                    removed=record.removed,
+                )
+                for record in message.changes
+            ]
+        ),
+    )
 
 
 # --- greeting of the local door
