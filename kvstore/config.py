@@ -37,24 +37,26 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from snowskin.kvstore.errors import BadSetting, InsecureAddress
 
 ENVIRONMENT_PREFIX = "SNOWSKIN_"
 # One file may serve all roles of a host, so a table of another role is no mistake. Only their names
 # are known here; what is in them, only their own role knows.
-TABLES = ("node", "conductor", "prefill", "decode", "encode", "up", "demo", "kvctl")
+TABLES = ("node", "conductor", "prefill", "decode", "encode", "up", "demo", "kvctl", "doctor")
 UNITS_NBYTES = {
     "": 1, "b": 1,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
+CONFIG_META = "snowskin.config"  # where a command's context keeps the file's path
 SIZE = re.compile(r"(?P<number>[0-9]{1,18}(\.[0-9]{1,18})?)\s*(?P<unit>[a-z]*)")
 MAX_CONFIG_NBYTES = 1 << 20  # a settings file of more is a mistake, and is not read into memory
 
@@ -62,14 +64,25 @@ S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
 LogLevel = typing.Literal["debug", "info", "warning", "error"]
+Origin = typing.Literal["default", "file", "environment", "flag"]
+_ORIGINS: dict[object, Origin] = {
+    ParameterSource.COMMANDLINE: "flag",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.DEFAULT_MAP: "file",
+}
+# `https://user:password@host`: what stands before the @ is nobody's to see.
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 Value = bool | int | float | str | Path | tuple[str, ...] | None
 
 
 def setting(
-    default: Value, *, help: str
+    default: Value, *, help: str, secret: bool = False
 ) -> typing.Any:  # Any: as dataclasses.field, it stands for the value
-    """A field of a settings class: its default and the sentence that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    """A field of a settings class: its default and the sentence that `--help` shows.
+
+    The value of a `secret` is never printed.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "secret": secret})
 
 
 def parse_nbytes(text: str) -> int:
@@ -141,13 +154,18 @@ class _Field:
     repeated: bool
     default: Value
     help: str
+    secret: bool
 
     @property
     def environment(self) -> str:
         return ENVIRONMENT_PREFIX + self.name.upper()
 
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
     def option(self) -> click.Option:
-        flag = "--" + self.name.replace("_", "-")
+        flag = self.flag
         is_bool = self.kind is bool
         return click.Option(
             [self.name, f"{flag}/--no-{flag[2:]}" if is_bool else flag],
@@ -175,7 +193,7 @@ class _Field:
         return kinds[self.kind]
 
     def _shown_default(self) -> bool | str:
-        if self.default is None or self.default == ():
+        if self.default is None or self.default == () or self.secret:
             return False
         if isinstance(self.click_type(), SizeType):
             return format_nbytes(cast("int", self.default))
@@ -185,7 +203,7 @@ class _Field:
         """The value of a TOML key, with a stricter look than at a string from a shell."""
         items = value if self.repeated else [value]
         wanted = f"a list of {self.kind.__name__}" if self.repeated else self.kind.__name__
-        wrong = f"{where}: {self.name} is {value!r}"
+        wrong = f"{where}: {self.name} is {'(hidden)' if self.secret else repr(value)}"
         if not isinstance(items, list) or not all(self._fits(item) for item in items):
             raise BadSetting(wrong, hint=f"give {wanted}")
         try:
@@ -231,6 +249,7 @@ def _field(field: dataclasses.Field[typing.Any], hint: object) -> _Field:
         repeated=origin is tuple,
         default=field.default,
         help=field.metadata["help"],
+        secret=field.metadata["secret"],
     )
 
 
@@ -254,18 +273,117 @@ def read_table(path: Path, settings_class: type[S], *, table: str) -> dict[str, 
         raise BadSetting(f"{path} is not TOML: {error}", hint="mend the line it names") from error
     for name, content in document.items():
         if name not in TABLES or not isinstance(content, Mapping):
-            raise _unknown(f"{path}: table [{name}]", name, TABLES)
+            raise nearest(f"{path}: table [{name}]", name, TABLES)
     fields = _fields(settings_class)
     where = f"{path} [{table}]"
     values: dict[str, Value] = {}
     for key, value in document.get(table, {}).items():
         if key not in fields:
-            raise _unknown(f"{where}: key {key}", key, tuple(fields))
+            raise nearest(f"{where}: key {key}", key, tuple(fields))
         values[key] = fields[key].from_toml(value, where=where)
     return values
 
 
-def _unknown(what: str, name: str, known: tuple[str, ...]) -> BadSetting:
+def _params(settings_class: type[S], *, table: str) -> list[click.Parameter]:
+    """`--config`, and an option for each field."""
+    assert table in TABLES, f"[{table}] is missing from TABLES"
+
+    def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+        if path is not None:
+            try:
+                ctx.default_map = read_table(path, settings_class, table=table)
+            except BadSetting as error:
+                raise click.UsageError(str(error), ctx) from error
+            ctx.meta[CONFIG_META] = path
+
+    config = click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path),
+        envvar=ENVIRONMENT_PREFIX + "CONFIG",
+        show_envvar=True,
+        is_eager=True,  # before the others, whose defaults it brings
+        expose_value=False,
+        callback=read_config,
+        help=f"TOML file with a table [{table}].",
+    )
+    return [config, *(field.option() for field in _fields(settings_class).values())]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sourced:
+    """One setting: its value, and who gave it.
+
+    Attributes:
+        where: the flag, the variable, or the file and its table; empty for a default.
+    """
+
+    name: str
+    value: Value = dataclasses.field(repr=False)  # it may be a secret
+    origin: Origin
+    where: str
+    secret: bool
+    help: str
+
+    @property
+    def shown(self) -> Value:
+        """The value as it may be printed: sizes with their unit, no secret, no password of a URL."""
+        if self.secret:
+            return "(hidden)" if self.value else self.value
+        if isinstance(self.value, int) and self.name.endswith("_nbytes"):
+            return format_nbytes(self.value)
+        if isinstance(self.value, tuple):
+            return tuple(_without_user(each) for each in self.value)
+        return _without_user(self.value) if isinstance(self.value, str) else self.value
+
+
+def _without_user(text: str) -> str:
+    return _USER_IN_URL.sub("***", text)
+
+
+def explain(
+    settings_class: type[S], *, table: str, arguments: Sequence[str] = ()
+) -> tuple[Sourced, ...]:
+    """Where each setting comes from: as a command with `options` would read them, before it checks them.
+
+    Args:
+        settings_class: of the command.
+        table: its table in the file.
+        arguments: its command line.
+
+    Raises:
+        click.UsageError: an unknown flag or key, a value of the wrong type.
+    """
+    params = _params(settings_class, table=table)
+    command = click.Command(table, params=params, add_help_option=False)
+    ctx = command.make_context(table, list(arguments))
+
+    def sourced(field: _Field) -> Sourced:
+        origin = _ORIGINS.get(ctx.get_parameter_source(field.name), "default")
+        where = {
+            "flag": field.flag,
+            "environment": field.environment,
+            "file": f"{ctx.meta.get(CONFIG_META)} [{table}]",
+            "default": "",
+        }[origin]
+        return Sourced(
+            name=field.name,
+            value=ctx.params[field.name],
+            origin=origin,
+            where=where,
+            secret=field.secret,
+            help=field.help,
+        )
+
+    return tuple(sourced(field) for field in _fields(settings_class).values())
+
+
+def environment_names(settings_class: type[S]) -> tuple[str, ...]:
+    """The variables that set fields of `settings_class`."""
+    return tuple(field.environment for field in _fields(settings_class).values())
+
+
+def nearest(what: str, name: str, known: Sequence[str]) -> BadSetting:
+    """The error that `what` is unknown, with the nearest of the `known` names."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}" if near else f"known: {', '.join(sorted(known))}"
     return BadSetting(f"{what} is unknown", hint=hint)
@@ -278,38 +396,19 @@ def options(
 
     A value that cannot work ends the command with exit status 2 and the sentence of its error.
     """
-    assert table in TABLES, f"[{table}] is missing from TABLES"
-    fields = _fields(settings_class)
-
-    def read_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
-        if path is not None:
-            try:
-                ctx.default_map = read_table(path, settings_class, table=table)
-            except BadSetting as error:
-                raise click.UsageError(str(error), ctx) from error
-
-    config = click.Option(
-        ["--config"],
-        type=click.Path(path_type=Path),
-        envvar=ENVIRONMENT_PREFIX + "CONFIG",
-        show_envvar=True,
-        is_eager=True,  # before the others, whose defaults it brings
-        expose_value=False,
-        callback=read_config,
-        help=f"TOML file with a table [{table}].",
-    )
+    params = _params(settings_class, table=table)
+    names = _fields(settings_class)
 
     def decorate(command: Callable[Concatenate[S, P], R]) -> Callable[P, R]:
         @functools.wraps(command)
         def with_settings(*args: P.args, **values: P.kwargs) -> R:
-            mine = {name: values.pop(name) for name in fields}
+            mine = {name: values.pop(name) for name in names}
             try:
                 settings = settings_class(**mine)
             except (BadSetting, InsecureAddress) as error:
                 raise click.UsageError(str(error)) from error
             return command(settings, *args, **values)
 
-        params = [config, *(field.option() for field in fields.values())]
         # click's own place for the options of a function that becomes a command, last one first
         known = getattr(command, "__click_params__", [])
         with_settings.__click_params__ = [*known, *reversed(params)]  # type: ignore[attr-defined]

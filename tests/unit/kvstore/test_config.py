@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from snowskin.kvstore.config import (
     MAX_CONFIG_NBYTES,
     check_bind,
+    environment_names,
+    explain,
     format_nbytes,
     options,
     parse_nbytes,
@@ -234,3 +236,63 @@ def test_other_addresses_need_permission(host):
     with pytest.raises(InsecureAddress, match="--insecure"):
         check_bind(host, insecure=False)
     check_bind(host, insecure=True)
+
+
+# --- who gave a value
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardedSettings:
+    password: str = setting("", help="Never shown.", secret=True)
+    collector: str = setting("", help="A URL.")
+    mirrors: tuple[str, ...] = setting((), help="URLs.")
+    pool_nbytes: int = setting(1 << 30, help="A size.")
+
+
+def test_each_value_is_told_with_who_gave_it(file, monkeypatch):
+    path = file("[node]\nport = 1\nread_lease_s = 1\npool_nbytes = 1\n")
+    monkeypatch.setenv("SNOWSKIN_READ_LEASE_S", "2")
+    monkeypatch.setenv("SNOWSKIN_POOL_NBYTES", "2")
+    arguments = ["--config", str(path), "--pool-nbytes", "64MiB"]
+    told = {each.name: each for each in explain(ExampleSettings, table="node", arguments=arguments)}
+    assert {name: (each.shown, each.origin, each.where) for name, each in told.items()} == {
+        "host": ("127.0.0.1", "default", ""),
+        "port": (1, "file", f"{path} [node]"),
+        "insecure": (False, "default", ""),
+        "read_lease_s": (2.0, "environment", "SNOWSKIN_READ_LEASE_S"),
+        "pool_nbytes": ("64MiB", "flag", "--pool-nbytes"),
+        "verify": ("always", "default", ""),
+        "model": (None, "default", ""),
+        "peers": ((), "default", ""),
+    }
+
+
+def test_an_unknown_flag_or_key_is_refused_also_where_one_only_asks(file):
+    with pytest.raises(click.UsageError, match="--prot"):
+        explain(ExampleSettings, table="node", arguments=["--prot", "1"])
+    path = file("[node]\nprot = 1\n")
+    with pytest.raises(click.UsageError, match="did you mean port"):
+        explain(ExampleSettings, table="node", arguments=["--config", str(path)])
+
+
+def test_a_secret_and_the_password_of_a_url_are_never_shown(file):
+    path = file(
+        '[node]\ncollector = "https://me:hunter2@host:1/x"\nmirrors = ["http://hunter2@h"]\n'
+    )
+    arguments = ["--config", str(path), "--password", "hunter2"]
+    told = explain(GuardedSettings, table="node", arguments=arguments)
+    assert "hunter2" not in repr(told)
+    assert "hunter2" not in str([each.shown for each in told])
+    assert [each.shown for each in told[:3]] == [
+        "(hidden)",
+        "https://***@host:1/x",
+        ("http://***@h",),
+    ]
+    assert told[0].value == "hunter2"
+    with pytest.raises(BadSetting) as refused:
+        read_table(file("[node]\npassword = 4711\n"), GuardedSettings, table="node")
+    assert "4711" not in str(refused.value)
+
+
+def test_the_environment_has_a_name_for_each_setting():
+    assert environment_names(GuardedSettings)[0] == "SNOWSKIN_PASSWORD"
