@@ -1,7 +1,8 @@
 """Refuse early: a request that would wait too long is told so before any instance works for it.
 
-Rules kept here: limits are checked in a fixed order (requests, waiting tokens, estimated TTFT), so
-that equal views give equal answers; the limit on waiting never refuses what meets an empty queue,
+Rules kept here: the number of requests is looked at first, before anything is done for one, so that
+a flood of them costs little; limits are checked in a fixed order (requests, waiting tokens,
+estimated TTFT), so that equal views give equal answers; the limit on waiting never refuses what meets an empty queue,
 or it could never be served; every refusal says the numbers and when to come back.
 """
 
@@ -49,14 +50,8 @@ def admit(
     request: Request, view: ClusterView, *, limits: AdmissionLimits, cost_model: CostModel
 ) -> Admission:
     """Accepts, refuses with a reason, or defers while no instance of a role is ready."""
-    if view.num_requests > limits.max_requests:
-        return Refusal(
-            reason=RefusalReason.TOO_MANY_REQUESTS,
-            message=f"{view.num_requests - 1} requests are in flight, the limit is "
-            f"{limits.max_requests}",
-            hint="retry later, or raise the conductor's max_requests",
-            retry_after_s=MIN_RETRY_S,
-        )
+    if (too_many := check_number(view.num_requests - 1, limits)) is not None:
+        return too_many
     candidates = view.candidates(request, Stage.PREFILL)
     for stage in Stage:
         if not view.candidates(request, stage):
@@ -86,6 +81,18 @@ def admit(
             retry_after_s=_bounded(best.ttft_s - limits.max_ttft_s),
         )
     return Accept()
+
+
+def check_number(num_in_flight: int, limits: AdmissionLimits) -> Refusal | None:
+    """Why there is no place for one request more, or None; needs to know nothing of the request."""
+    if num_in_flight < limits.max_requests:
+        return None
+    return Refusal(
+        reason=RefusalReason.TOO_MANY_REQUESTS,
+        message=f"{num_in_flight} requests are in flight, the limit is {limits.max_requests}",
+        hint="retry later, or raise the conductor's max_requests",
+        retry_after_s=MIN_RETRY_S,
+    )
 
 
 def check_context(num_tokens: int, max_tokens: int, view: ClusterView, shape: CacheShape) -> None:

@@ -63,6 +63,9 @@ class ConductorSettings(RoleSettings):
     max_requests: int = setting(256, help="Requests in flight; one more is refused.")
     max_waiting_tokens: int = setting(1 << 20, help="Prompt tokens waiting; more are refused.")
     max_ttft_s: float = setting(120.0, help="Estimated seconds to the first token, at most.")
+    max_waiting_requests: int = setting(
+        128, help="Requests that wait for an instance at once; more are refused."
+    )
     default_max_tokens: int = setting(512, help="Tokens of an answer where a chat does not say.")
     instance_wait_s: float = setting(10.0, help="Seconds to wait for a ready instance.")
     request_timeout_s: float = setting(300.0, help="Seconds that one request may take.")
@@ -87,7 +90,10 @@ class ConductorSettings(RoleSettings):
         for name in ("request_timeout_s", "report_interval_s", "max_ttft_s"):
             if getattr(self, name) <= 0:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds above 0")
-        for name in ("max_retries", "max_waiting_tokens", "instance_wait_s", "probe_timeout_s"):
+        for name in (
+            *("max_retries", "max_waiting_tokens", "max_waiting_requests"),
+            *("instance_wait_s", "probe_timeout_s"),
+        ):
             if getattr(self, name) < 0:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="give 0 or more")
 
@@ -118,6 +124,7 @@ class Conductor:
                 instance_wait_s=settings.instance_wait_s,
                 probe_timeout_s=settings.probe_timeout_s,
                 default_max_tokens=settings.default_max_tokens,
+                max_waiting=settings.max_waiting_requests,
             ),
         )
         self.pipeline = Pipeline(
@@ -155,6 +162,7 @@ class Conductor:
 
     async def close(self) -> None:
         """Closes all connections."""
+        await self.pipeline.close()
         await self.engines.close()
         await self.nodes.close()
 

@@ -130,8 +130,11 @@ class HttpFront:
     ) -> Response:
         arrived_at_s = self._clock.now_s()
         headers = headers_of(request)
-        wanted = parse(await body_of(request))
-        job = await job_of(wanted, headers, self._model, arrived_at_s=arrived_at_s)
+        # Read first, and only read: who is refused in the middle of sending may not see why.
+        body = await body_of(request)
+        with self._pipeline.intake():
+            wanted = parse(body)
+            job = await job_of(wanted, headers, self._model, arrived_at_s=arrived_at_s)
         asked = _Asked(
             job=job,
             answer=Answer(

@@ -8,6 +8,7 @@ is drawn here, once. Long texts are tokenised off the loop.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import secrets
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ BODY_TIMEOUT_S = 30.0
 OFF_LOOP_CHARACTERS = 2_000
 DEFAULT_TEMPERATURE = 1.0  # as OpenAI's
 MAX_SEED = 2**64 - 1
+# Names are short and few: without a key a list of likely ones would undo the hash.
+_USER_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +147,17 @@ async def job_of(
             stop_token_ids=() if request.ignore_eos else tuple(tokenizer.eos_token_ids),
         ),
         max_tokens=request.wanted_tokens,
+        default_max_tokens=request.default_tokens,
         use_cache=headers.use_cache,
         salt=secrets.token_hex(16),
         arrived_at_s=arrived_at_s,
+        user=_pseudonym(request.user) if request.user else "",
     )
+
+
+def _pseudonym(user: str) -> str:
+    """Twelve hex digits: the same for one user until this process ends, and of no use beyond it."""
+    return hashlib.blake2b(user.encode(), digest_size=6, key=_USER_KEY).hexdigest()
 
 
 async def _tokens(request: CompletionRequest | ChatRequest, model: ServedModel) -> list[int]:

@@ -34,20 +34,25 @@ class Job:
     Attributes:
         request_id: the user's, or one made at the border; 1 to 96 characters.
         token_ids: of the prompt, at least one.
-        max_tokens: tokens wanted at most; None takes the conductor's default, or what is left of
-            the context where that is less.
+        max_tokens: tokens wanted at most; None takes `default_max_tokens`, or what is left of the
+            context where that is less.
+        default_max_tokens: None is the conductor's own.
         use_cache: whether cached blocks are read and new ones left.
         salt: unguessable; parts the block keys of a job without cache from all others.
         arrived_at_s: when the request reached the conductor; TTFT counts from here.
+        user: a keyed hash of the end user whom the request names, or "": for logs, to tell who asks
+            much without saying who.
     """
 
     request_id: str
     token_ids: Sequence[int] = field(repr=False)
     sampling: Sampling
     max_tokens: int | None = None
+    default_max_tokens: int | None = None
     use_cache: bool = True
     salt: str = ""
     arrived_at_s: float = 0.0
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)

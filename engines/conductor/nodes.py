@@ -45,6 +45,10 @@ class NodeClient(Protocol):
         """Counts and sizes."""
         ...
 
+    async def discard(self, *, namespace: bytes, keys: KeyColumn, tail_id: str) -> int:
+        """Frees what was left for a reader that will not come; how many blocks that were."""
+        ...
+
     async def close(self) -> None:
         """Idempotent."""
         ...
@@ -118,6 +122,23 @@ class Nodes:
             raise DeadlineExceeded(
                 f"node {address} did not answer within {timeout_s} s", hint="look at its log"
             ) from error
+
+    async def discard(
+        self, address: str, *, namespace: bytes, keys: KeyColumn, tail_id: str, timeout_s: float
+    ) -> int:
+        """Frees, unread, what a request left at one node for its reader; how many blocks that were.
+
+        Raises:
+            NodeUnavailable: it cannot be reached.
+            DeadlineExceeded: it did not answer within `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                client = await self._client(address)
+                freed = client.discard(namespace=namespace, keys=keys, tail_id=tail_id)
+                return await self._asked(address, freed)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"node {address} did not answer within {timeout_s} s") from error
 
     async def keep_only(self, addresses: Collection[str]) -> None:
         """Lets go of nodes that no instance names any more."""

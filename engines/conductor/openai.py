@@ -4,6 +4,7 @@ Rules kept here: nothing is ignored. A parameter that OpenAI does not have is un
 has and we do not is "not supported", unless its value is what its absence means; both are refused
 by name. Null is "not given". Types are strict: the string "5" is no number. Source: the public API
 reference of /v1/completions and /v1/chat/completions. Extensions: `ignore_eos`, `return_token_ids`.
+`user` changes no answer; it is logged as a keyed hash, to tell users apart and not to know them.
 """
 
 from __future__ import annotations
@@ -163,8 +164,13 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """Tokens to generate at most."""
-        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+        """Tokens to generate at most; None takes `default_tokens`, as far as the context allows."""
+        return self.max_tokens
+
+    @property
+    def default_tokens(self) -> int | None:
+        """Where the request does not say."""
+        return DEFAULT_COMPLETION_TOKENS
 
 
 class ChatRequest(GenerationRequest):
@@ -177,6 +183,11 @@ class ChatRequest(GenerationRequest):
     def wanted_tokens(self) -> int | None:
         """Tokens to generate at most; None leaves it to the conductor."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def default_tokens(self) -> int | None:
+        """Where the request does not say: the conductor's default."""
+        return None
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

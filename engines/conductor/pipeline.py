@@ -1,22 +1,25 @@
 """The jobs that are under way: takes them in, counts them, waits for them when the process drains.
 
-Rules kept here: a job is counted from its arrival to its end, whatever the end is; two jobs that
-run at the same time never have the same internal id, whatever their users called them; leaving the
-block of `run` ends the job and everything that it held.
+Rules kept here: whoever is one too many is told so before anything is done for it; a job is counted
+from its arrival to its end, whatever the end is; two jobs that run at the same time never have the
+same internal id, whatever their users called them; leaving the block of `run` ends the job and
+everything that it held.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
-from snowskin.engines.conductor.errors import ConductorDraining
+from snowskin.engines.conductor.admission import check_number
+from snowskin.engines.conductor.errors import ConductorDraining, RequestRefused
+from snowskin.engines.conductor.leftovers import Sweeper
 from snowskin.engines.conductor.run import Run, RunLimits
 from snowskin.kvstore.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from snowskin.engines.conductor.engine_client import EngineClients
     from snowskin.engines.conductor.job import Job
@@ -45,6 +48,23 @@ class Pipeline:
         self._idle.set()
         self._draining = False
         self._num_namesakes = 0
+        self._num_in_intake = 0
+        self._sweeper = Sweeper(scheduler.nodes)
+
+    @contextmanager
+    def intake(self) -> Iterator[None]:
+        """The time in which a request is understood, before there is a job; it counts as in flight.
+
+        Raises:
+            RequestRefused: there are too many requests already.
+            ConductorDraining: no new jobs are taken.
+        """
+        self._check_room()
+        self._num_in_intake += 1
+        try:
+            yield
+        finally:
+            self._num_in_intake -= 1
 
     @asynccontextmanager
     async def run(self, job: Job) -> AsyncIterator[Run]:
@@ -54,16 +74,17 @@ class Pipeline:
         given up by the user.
 
         Raises:
+            RequestRefused: there are too many requests already.
             ConductorDraining: no new jobs are taken.
         """
-        if self._draining:
-            raise ConductorDraining("the conductor is shutting down", hint="retry in a while")
+        self._check_room()
         state = self.scheduler.state
         run = Run(
             job,
             self._internal_id(job.request_id),
             scheduler=self.scheduler,
             engines=self._engines,
+            sweeper=self._sweeper,
             clock=self._clock,
             limits=self._limits,
         )
@@ -92,6 +113,20 @@ class Pipeline:
                 await self._idle.wait()
         except TimeoutError:
             log.warning("not drained", num_running=self.scheduler.state.counts().num_running)
+
+    async def close(self) -> None:
+        """Ends what is done for jobs that are over; no job is under way any more."""
+        await self._sweeper.close()
+
+    def _check_room(self) -> None:
+        if self._draining:
+            raise ConductorDraining("the conductor is shutting down", hint="retry in a while")
+        state = self.scheduler.state
+        num_in_flight = state.num_running + self._num_in_intake
+        refusal = check_number(num_in_flight, self.scheduler.policy.limits)
+        if refusal is not None:
+            state.on_request_turned_away()
+            raise RequestRefused.because(refusal)
 
     def _internal_id(self, request_id: str) -> str:
         """The user's id, or one of its own where that is running already: tails are named by it."""

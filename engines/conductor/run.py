@@ -11,7 +11,8 @@ decode. Rules kept here:
   as it would have: no token is emitted twice, none is left out;
 - only a lost instance (UNAVAILABLE) or a full one (RESOURCE_EXHAUSTED) is tried elsewhere, each
   stage `max_retries` times; every other error is the request's;
-- cancelling `work` cancels both calls and waits until they are over.
+- cancelling `work` cancels both calls and waits until they are over;
+- an attempt that decode did not finish leaves nothing for it at the nodes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
     from snowskin.engines.conductor.engine_client import DecodeCall, EngineClients
+    from snowskin.engines.conductor.leftovers import Sweeper
     from snowskin.engines.conductor.request import Request
     from snowskin.engines.conductor.scheduler import Placed, Prepared, Scheduler
     from snowskin.engines.messages import Handoff, PrefillResponse, Prompt
@@ -73,14 +75,17 @@ class _DecodeLost(Exception):
 class _Attempt:
     """A prompt (with what was emitted so far) and what is still to be generated.
 
-    `node` resolves to the node that prefill publishes to; `handed_off` once decode has the hand-off.
+    `node` resolves to the node that prefill publishes to; `nodes` are all that one has published to.
+    `handed_off` once decode has the hand-off, `is_read` once nothing is left for decode at the nodes.
     """
 
     id: str
     prepared: Prepared
     sampling: Sampling
     node: asyncio.Future[str] = field(default_factory=asyncio.Future)
+    nodes: list[str] = field(default_factory=list)
     handed_off: bool = False
+    is_read: bool = False
 
 
 class Run:
@@ -99,6 +104,7 @@ class Run:
         *,
         scheduler: Scheduler,
         engines: EngineClients,
+        sweeper: Sweeper,
         clock: Clock,
         limits: RunLimits,
     ) -> None:
@@ -109,6 +115,7 @@ class Run:
         self.outcome = Outcome.CANCELLED
         self._scheduler = scheduler
         self._engines = engines
+        self._sweeper = sweeper
         self._clock = clock
         self._limits = limits
         self._deadline_s = clock.now_s() + limits.request_timeout_s
@@ -168,7 +175,7 @@ class Run:
                 self._log_end()
 
     async def _generate(self) -> str:
-        prepared = await self._prepare(self.id, self.job.max_tokens)
+        prepared = await self._prepare(self.id, self.job.max_tokens, is_new=True)
         await self._scheduler.admit(prepared.request)
         self._max_tokens = prepared.request.max_tokens
         attempt_id, num_attempts = self.id, 1
@@ -187,11 +194,15 @@ class Run:
             num_attempts += 1
             prepared = await self._prepare(attempt_id, self._max_tokens - len(self._emitted))
 
-    async def _prepare(self, attempt_id: str, max_tokens: int | None) -> Prepared:
+    async def _prepare(
+        self, attempt_id: str, max_tokens: int | None, *, is_new: bool = False
+    ) -> Prepared:
         return await self._scheduler.prepare(
             self.id,
             [*self.job.token_ids, *self._emitted],
             max_tokens=max_tokens,
+            default_max_tokens=self.job.default_max_tokens,
+            is_new=is_new,
             use_cache=self.job.use_cache,
             # Of the attempt, so that blocks that a lost one left for its only reader are not hit.
             salt=f"{attempt_id} {self.job.salt}",
@@ -202,17 +213,30 @@ class Run:
         tasks: list[asyncio.Task[Handoff] | asyncio.Task[str]] = [prefill]
         try:
             if attempt.sampling.max_tokens == 1:  # nothing to decode, and nobody to pull for
-                return (await prefill).finish_reason or LENGTH
+                finish_reason = (await prefill).finish_reason or LENGTH
+                attempt.is_read = True
+                return finish_reason
             decode = asyncio.create_task(self._decode(attempt, prefill))
             tasks.append(decode)
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if prefill.done() and (finish_reason := prefill.result().finish_reason):
                 return finish_reason
-            return await decode
+            finish_reason = await decode
+            attempt.is_read = True
+            return finish_reason
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if not attempt.is_read:
+                self._sweep(attempt)
+
+    def _sweep(self, attempt: _Attempt) -> None:
+        prepared = attempt.prepared
+        block_size = prepared.request.shape.block_size
+        self._sweeper.sweep(
+            attempt.nodes, prepared.prompt, block_size=block_size, attempt_id=attempt.id
+        )
 
     # --- prefill
 
@@ -222,6 +246,7 @@ class Run:
             async with self._scheduler.placed(request, Stage.PREFILL, excluded) as placed:
                 if not attempt.node.done():
                     attempt.node.set_result(placed.instance.node_address)
+                attempt.nodes.append(placed.instance.node_address)
                 self.report.prefill_instance_id = placed.instance.instance_id
                 self.report.estimate = placed.placement.estimate
                 try:
@@ -377,6 +402,7 @@ class Run:
             prefill_instance=report.prefill_instance_id,
             decode_instance=report.decode_instance_id,
             num_retries=report.num_prefill_retries + report.num_decode_retries,
+            **({"user": self.job.user} if self.job.user else {}),
         )
 
 

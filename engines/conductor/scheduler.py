@@ -46,11 +46,14 @@ class SchedulerLimits:
         instance_wait_s: for a ready instance of a role.
         probe_timeout_s: for the nodes' answers; without them a request is placed unaware of hits.
         default_max_tokens: where a request does not say, as far as the context allows.
+        max_waiting: new requests that wait for an instance at once; who comes then is not kept. Those
+            that lost their instance on the way wait besides: they have been promised an answer.
     """
 
     instance_wait_s: float = 10.0
     probe_timeout_s: float = 0.05
     default_max_tokens: int = 512
+    max_waiting: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,7 @@ class Scheduler:
         self.limits = limits or SchedulerLimits()
         self._clock = clock
         self._changed = asyncio.Event()
+        self._num_waiting = 0
 
     def view(self) -> ClusterView:
         """The cluster now."""
@@ -97,8 +101,11 @@ class Scheduler:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def shape(self) -> CacheShape:
+    async def shape(self, *, is_new: bool = False) -> CacheShape:
         """The cache shape that requests are served with.
+
+        Args:
+            is_new: whether the request may be sent away where too many wait.
 
         Raises:
             NoInstanceReady: prefill or decode has no ready instance, and none came.
@@ -113,7 +120,7 @@ class Scheduler:
             why = f"no {missing} instance is ready"
             if not missing:
                 why = "no prefill and decode instance of one layout are ready"
-            await self._wait(changed, deadline_s, why)
+            await self._wait(changed, deadline_s, why, is_new=is_new)
 
     async def prepare(
         self,
@@ -121,8 +128,10 @@ class Scheduler:
         token_ids: Sequence[int],
         *,
         max_tokens: int | None,
+        default_max_tokens: int | None = None,
         use_cache: bool = True,
         salt: str = "",
+        is_new: bool = False,
     ) -> Prepared:
         """Keys, limits and hits of a prompt.
 
@@ -130,19 +139,21 @@ class Scheduler:
             request_id: for the policy.
             token_ids: the prompt, at least one.
             max_tokens: wanted at most; None takes the default or what the context leaves.
+            default_max_tokens: this request's default, if it is not the conductor's.
             use_cache: False salts the keys, so that nothing is hit and nothing hits them.
             salt: what they are salted with then.
+            is_new: as `shape`.
 
         Raises:
             NoInstanceReady: as `shape`.
             PromptTooLong: no instance could ever serve it.
         """
-        shape = await self.shape()
+        shape = await self.shape(is_new=is_new)
         view = self.view()
         if max_tokens is None:
+            default = default_max_tokens or self.limits.default_max_tokens
             limit = view.context_limit_tokens(shape)
-            room = limit - len(token_ids) if limit else self.limits.default_max_tokens
-            max_tokens = max(1, min(self.limits.default_max_tokens, room))
+            max_tokens = max(1, min(default, limit - len(token_ids) if limit else default))
         check_context(len(token_ids), max_tokens, view, shape)
         keys = await self.block_keys(token_ids, shape, salt=None if use_cache else salt)
         hits = await self.probe(shape, keys) if use_cache else []
@@ -214,7 +225,7 @@ class Scheduler:
                 raise RequestRefused.because(answer)
             if not isinstance(answer, Defer):
                 return
-            await self._wait(changed, deadline_s, answer.message)
+            await self._wait(changed, deadline_s, answer.message, is_new=True)
 
     def plan(self, request: Request, stage: Stage) -> Placed:
         """Where a stage would go now, without giving it to anyone.
@@ -255,10 +266,19 @@ class Scheduler:
             try:
                 return self.plan(request, stage)
             except NoInstanceReady as error:
-                await self._wait(changed, deadline_s, error.message)
+                await self._wait(changed, deadline_s, error.message, is_new=False)
 
-    async def _wait(self, changed: asyncio.Event, deadline_s: float, why: str) -> None:
+    async def _wait(
+        self, changed: asyncio.Event, deadline_s: float, why: str, *, is_new: bool
+    ) -> None:
         """Returns after a change; `changed` was taken before what is waited for was looked at."""
+        if is_new and self._num_waiting >= self.limits.max_waiting:
+            raise NoInstanceReady(
+                f"{why}, and {self._num_waiting} requests wait for one already",
+                hint="start one, or look at why it does not report: kvctl status",
+                retry_after_s=1.0,
+            )
+        self._num_waiting += is_new
         try:
             async with asyncio.timeout(max(0.0, deadline_s - self._clock.now_s())):
                 await changed.wait()
@@ -268,3 +288,5 @@ class Scheduler:
                 hint="start one, or look at why it does not report: kvctl status",
                 retry_after_s=1.0,
             ) from None
+        finally:
+            self._num_waiting -= is_new

@@ -69,6 +69,7 @@ class ConductorService(conductor_pb2_grpc.ConductorServicer):
             max_tokens=request.max_tokens,
             use_cache=request.cache_policy != common_pb2.CACHE_POLICY_OFF,
             salt=f"{request_id} {secrets.token_hex(16)}",
+            is_new=True,
         )
         await scheduler.admit(prepared.request, is_counted=False)
         prefill = scheduler.plan(prepared.request, Stage.PREFILL)

@@ -141,6 +141,16 @@ class ConductorState:
         self._running.add(request_id)
         self._num_arrived += 1
 
+    def on_request_turned_away(self) -> None:
+        """A request was refused at the door: it has arrived and left."""
+        self._num_arrived += 1
+        self._num_ended[Outcome.REFUSED] += 1
+
+    @property
+    def num_running(self) -> int:
+        """Requests in flight."""
+        return len(self._running)
+
     def is_running(self, request_id: str) -> bool:
         """Whether a request of this id is in flight."""
         return request_id in self._running

@@ -38,8 +38,8 @@ def test_everything_supported_is_understood():
     assert (request.stop, request.seed, request.include_usage) == (("a", "b"), 7, True)
     assert chat(max_completion_tokens=5).wanted_tokens == 5
     assert chat(max_tokens=5).wanted_tokens == 5
-    assert chat().wanted_tokens is None
-    assert completion().wanted_tokens == 16
+    assert (chat().wanted_tokens, chat().default_tokens) == (None, None)
+    assert (completion().wanted_tokens, completion().default_tokens) == (None, 16)
     assert completion(prompt=[1, 2]).prompt == (1, 2)
     assert completion(stop="x").stop == ("x",)
 
