@@ -20,11 +20,15 @@ import uvloop
 
 from snowskin.kvstore.config import LogLevel, check_bind, setting
 from snowskin.kvstore.errors import BadRequest, BadSetting
+from snowskin.kvstore.span_export import open_tracer
 from snowskin.kvstore.telemetry import configure_logging, get_logger
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
+
+    from snowskin.kvstore.tracing import Tracer
 
 MAX_PORT = 65_535
 _PR_SET_PDEATHSIG = 1
@@ -38,13 +42,17 @@ class RoleSettings:
 
     host: str = setting("127.0.0.1", help="Address to listen on.")
     port: int = setting(0, help="gRPC port; 0 takes a free one.")
-    http_port: int = setting(0, help="HTTP port of /healthz; 0 takes a free one.")
+    http_port: int = setting(0, help="HTTP port of /healthz and /metrics; 0 takes a free one.")
     insecure: bool = setting(False, help="Allow an address beyond loopback without credentials.")
     ready_fd: int = setting(-1, help="Write one JSON line here when serving; for supervisors.")
     parent_pid: int = setting(0, help="Stop when this process is gone; for supervisors.")
     log_level: LogLevel = setting("info", help="Least level that is logged.")
     log_json: bool = setting(False, help="Log JSON lines.")
     drain_s: float = setting(10.0, help="Seconds that running work gets after SIGTERM.")
+    trace_endpoint: str = setting(
+        "", help="Send spans to this collector, http://host:port, by OTLP over gRPC."
+    )
+    trace_file: str = setting("", help="Append spans to this file, one JSON object a line.")
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is opened.
@@ -60,6 +68,19 @@ class RoleSettings:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint=f"give 0 to {MAX_PORT}")
         if self.drain_s < 0:
             raise BadSetting(f"drain_s is {self.drain_s}", hint="give 0 seconds or more")
+
+
+def tracer_of(
+    settings: RoleSettings, *, role: str, instance_id: str, ratio: float = 1.0
+) -> AbstractContextManager[Tracer | None]:
+    """The tracer that the settings ask for, as `open_tracer`."""
+    return open_tracer(
+        role=role,
+        instance_id=instance_id,
+        endpoint=settings.trace_endpoint,
+        file=settings.trace_file,
+        ratio=ratio,
+    )
 
 
 _SettingsT = TypeVar("_SettingsT", bound=RoleSettings)

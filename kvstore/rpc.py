@@ -10,10 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+import time
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
@@ -26,14 +35,22 @@ from snowskin.kvstore.errors import (
     LimitExceeded,
     NodeUnavailable,
 )
+from snowskin.kvstore.metrics import CALL_S
 from snowskin.kvstore.telemetry import bind_request, get_logger
+from snowskin.kvstore.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER, outgoing
 from snowskin.kvstore.wire import detail_to_error, error_to_detail
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import common_pb2
 
+if TYPE_CHECKING:
+    from snowskin.kvstore.metrics import Histogram, Metrics
+    from snowskin.kvstore.tracing import Tracer
+
 REQUEST_ID_HEADER = "x-request-id"
 ERROR_HEADER = "snowskin-error-bin"
 STOP_GRACE_S = 2.0
+RPC_HELP = "Seconds of gRPC calls to this role, from the first message in to the last one out."
+RPC_LABELS = ("method", "status")
 
 log = get_logger(__name__)
 
@@ -97,8 +114,9 @@ def open_channel(address: str, limits: RpcLimits | None = None) -> grpc.aio.Chan
 
 
 def call_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
-    """Metadata that carries the request's id; empty where there is none."""
-    return ((REQUEST_ID_HEADER, request_id),) if request_id else ()
+    """Metadata that carries the request's id, and the trace that the call is part of; may be empty."""
+    named = ((REQUEST_ID_HEADER, request_id),) if request_id else ()
+    return (*named, *outgoing())
 
 
 def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:
@@ -156,7 +174,11 @@ Behaviour = Callable[[Any, Any], Any]
 
 
 class _Border(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
-    """Binds the request's id to the logs, and turns errors into statuses."""
+    """Binds the request's id to the logs, continues its trace, and turns errors into statuses."""
+
+    def __init__(self, latency: Histogram | None, tracer: Tracer | None) -> None:
+        self._latency = latency
+        self._tracer = tracer
 
     async def intercept_service(  # type: ignore[override]  # the stubs' handler is narrower than grpc's
         self,
@@ -175,17 +197,20 @@ class _Border(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic 
         )
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
-            wrap(getattr(handler, kind), method, request_id),
+            wrap(getattr(handler, kind), method, request_id, metadata),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, behaviour: Behaviour, method: str, request_id: str) -> Behaviour:
+    def _unary(
+        self, behaviour: Behaviour, method: str, request_id: str, metadata: Mapping[str, Any]
+    ) -> Behaviour:
         @functools.wraps(behaviour)
         async def call(request: Any, context: Any) -> Any:
             with bind_request(request_id):
                 try:
-                    return await behaviour(request, context)
+                    with self._watched(method, metadata):
+                        return await behaviour(request, context)
                 except (asyncio.CancelledError, grpc.aio.AbortError):
                     raise
                 except Exception as error:  # noqa: BLE001  the border: everything becomes a status
@@ -193,19 +218,48 @@ class _Border(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic 
 
         return call
 
-    def _stream(self, behaviour: Behaviour, method: str, request_id: str) -> Behaviour:
+    def _stream(
+        self, behaviour: Behaviour, method: str, request_id: str, metadata: Mapping[str, Any]
+    ) -> Behaviour:
         @functools.wraps(behaviour)
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             with bind_request(request_id):
                 try:
-                    async for response in behaviour(request, context):
-                        yield response
+                    with self._watched(method, metadata):
+                        async for response in behaviour(request, context):
+                            yield response
                 except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
                     raise
                 except Exception as error:  # noqa: BLE001  the border: everything becomes a status
                     await _abort(context, error, method)
 
         return call
+
+    @contextmanager
+    def _watched(self, method: str, metadata: Mapping[str, Any]) -> Iterator[None]:
+        """Measures the call, and makes it a span of the caller's trace, if there is one."""
+        name = method.rpartition(".")[2]  # of "/snowskin.v1.Store/Match" the end
+        began_s, status = time.perf_counter(), "OK"
+        parent = metadata.get(TRACEPARENT_HEADER) if self._tracer is not None else None
+        state = str(metadata.get(TRACESTATE_HEADER, ""))
+        try:
+            if self._tracer is None or not parent:
+                yield
+            else:
+                with self._tracer.continuing(name, str(parent), state):
+                    yield
+        except (asyncio.CancelledError, GeneratorExit):
+            status = "CANCELLED"
+            raise
+        except SnowskinError as error:
+            status = error.status
+            raise
+        except Exception:
+            status = "INTERNAL"
+            raise
+        finally:
+            if self._latency is not None:
+                self._latency.observe(time.perf_counter() - began_s, name, status)
 
 
 Registration = tuple[Callable[[Any, grpc.aio.Server], None], Any]
@@ -220,6 +274,8 @@ async def serving(
     service_names: Sequence[str],
     role: str,
     limits: RpcLimits | None = None,
+    metrics: Metrics | None = None,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[RpcServer]:
     """Serves `services` until the block ends; port 0 takes a free one.
 
@@ -230,13 +286,18 @@ async def serving(
         service_names: full names that the health protocol answers for, besides "".
         role: for the messages.
         limits: sizes and counts accepted.
+        metrics: get the calls' seconds.
+        tracer: continues the traces of calls that are part of one.
 
     Raises:
         AddressInUse: another process listens there.
     """
     limits = limits or RpcLimits()
+    latency = (
+        metrics.histogram("rpc_seconds", RPC_HELP, RPC_LABELS, bounds=CALL_S) if metrics else None
+    )
     server = grpc.aio.server(
-        interceptors=[_Border()],
+        interceptors=[_Border(latency, tracer)],
         maximum_concurrent_rpcs=limits.max_concurrent_calls,
         options=[
             *_keepalive(),

@@ -1,9 +1,8 @@
-"""What a process says about itself: one-line logs with the request's id, and `/healthz`.
+"""What a process says about itself: one-line logs with the request's id, `/healthz`, `/metrics`.
 
 Rules kept here: one fact is one line on stderr, with time (UTC), role, level, event and fields; the
 request's id is bound once and is on every line of its context; prompts and secrets are never
-written; nothing here takes signals, and a server's socket is gone when its block is left. Metrics
-and spans join here later.
+written; nothing here takes signals, and a server's socket is gone when its block is left.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ from typing import TYPE_CHECKING, TextIO, get_args
 import structlog
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from snowskin.kvstore.config import LogLevel, check_bind
 from snowskin.kvstore.errors import AddressInUse, BadSetting
+from snowskin.kvstore.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp
     from structlog.typing import EventDict, Processor, WrappedLogger
+
+    from snowskin.kvstore.metrics import Metrics
 
 LEVELS: tuple[str, ...] = get_args(LogLevel)
 FIRST_FIELDS = ("time", "role", "level", "event", "request_id")
@@ -252,16 +254,30 @@ async def serve_app(
         serving.result()
 
 
+def metrics_response(metrics: Metrics) -> Response:
+    """The answer to a scrape."""
+    return Response(metrics.exposition(), media_type=CONTENT_TYPE)
+
+
 class HealthServer:
     """`/healthz` of a process: 200 while `check` says true, else 503; the facts as JSON.
 
-    `check` is called in the loop and must not wait.
+    Beside it `/metrics`, where there are some. `check` is called in the loop and must not wait.
     """
 
-    def __init__(self, host: str, port: int, *, check: HealthCheck, insecure: bool = False) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        check: HealthCheck,
+        metrics: Metrics | None = None,
+        insecure: bool = False,
+    ) -> None:
         self._host = host
         self._port = port
         self._check = check
+        self._metrics = metrics
         self._insecure = insecure
         self._stack = AsyncExitStack()
 
@@ -272,7 +288,14 @@ class HealthServer:
 
     async def __aenter__(self) -> HealthServer:
         """Listens; raises as `serve_app`."""
-        app = Starlette(routes=[Route("/healthz", self._answer, methods=["GET"])])
+        routes = [Route("/healthz", self._answer, methods=["GET"])]
+        if (metrics := self._metrics) is not None:
+
+            async def scrape(_request: Request) -> Response:
+                return metrics_response(metrics)
+
+            routes.append(Route("/metrics", scrape, methods=["GET"]))
+        app = Starlette(routes=routes)
         self._port = await self._stack.enter_async_context(
             serve_app(app, self._host, self._port, insecure=self._insecure, grace_s=HEALTH_GRACE_S)
         )
