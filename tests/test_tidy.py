@@ -32,6 +32,7 @@ PURE = (
     "engines/conductor/request.py",
     "engines/conductor/state.py",
     "engines/conductor/view.py",
+    "kvstore/client/breaker.py",
     "kvstore/client/machine.py",
     "kvstore/directory/view.py",
     "kvstore/eviction",
