@@ -26,25 +26,25 @@ from snowskin.v1 import common_pb2 as snowskin_dot_v1_dot_common__pb2
 from snowskin.v1 import store_pb2 as snowskin_dot_v1_dot_store__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16snowskin/v1/door.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\x1a\x17snowskin/v1/store.proto\"\xf1\x03\n\x0b\x44oorRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12#\n\x05hello\x18\x03 \x01(\x0b\x32\x12.snowskin.v1.HelloH\x00\x12.\n\x07reserve\x18\x04 \x01(\x0b\x32\x1b.snowskin.v1.ReserveRequestH\x00\x12,\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1a.snowskin.v1.CommitRequestH\x00\x12*\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x19.snowskin.v1.AbortRequestH\x00\x12*\n\x05probe\x18\x07 \x01(\x0b\x32\x19.snowskin.v1.ProbeRequestH\x00\x12*\n\x05match\x18\x08 \x01(\x0b\x32\x19.snowskin.v1.MatchRequestH\x00\x12*\n\x05renew\x18\t \x01(\x0b\x32\x19.snowskin.v1.RenewRequestH\x00\x12.\n\x07release\x18\n \x01(\x0b\x32\x1b.snowskin.v1.ReleaseRequestH\x00\x12(\n\x04stat\x18\x0b \x01(\x0b\x32\x18.snowskin.v1.StatRequestH\x00\x12%\n\x06\x63\x61ncel\x18\x0c \x01(\x0b\x32\x13.snowskin.v1.CancelH\x00\x42\t\n\x07request\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\r\"\xf3\x03\n\x0c\x44oorResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\r\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.snowskin.v1.ErrorDetailH\x00\x12+\n\x05hello\x18\x03 \x01(\x0b\x32\x1a.snowskin.v1.HelloResponseH\x00\x12/\n\x07reserve\x18\x04 \x01(\x0b\x32\x1c.snowskin.v1.ReserveResponseH\x00\x12-\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1b.snowskin.v1.CommitResponseH\x00\x12+\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x1a.snowskin.v1.AbortResponseH\x00\x12+\n\x05probe\x18\x07 \x01(\x0b\x32\x1a.snowskin.v1.ProbeResponseH\x00\x12+\n\x05match\x18\x08 \x01(\x0b\x32\x1a.snowskin.v1.MatchResponseH\x00\x12+\n\x05renew\x18\t \x01(\x0b\x32\x1a.snowskin.v1.RenewResponseH\x00\x12/\n\x07release\x18\n \x01(\x0b\x32\x1c.snowskin.v1.ReleaseResponseH\x00\x12)\n\x04stat\x18\x0b \x01(\x0b\x32\x19.snowskin.v1.StatResponseH\x00\x42\n\n\x08response\"[\n\x05Hello\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\'\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0e\x32\x17.snowskin.v1.PoolAccess\"\xb7\x01\n\rHelloResponse\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x12\n\nnode_epoch\x18\x03 \x01(\x04\x12\x12\n\nsession_id\x18\x04 \x01(\x04\x12*\n\x05pools\x18\x05 \x03(\x0b\x32\x1b.snowskin.v1.PoolDescriptor\x12\x10\n\x08max_keys\x18\x06 \x01(\r\x12\x19\n\x11max_extent_nbytes\x18\x07 \x01(\x04\"b\n\x0ePoolDescriptor\x12\x0f\n\x07pool_id\x18\x01 \x01(\r\x12\x1f\n\x04tier\x18\x02 \x01(\x0e\x32\x11.snowskin.v1.Tier\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x0e\n\x06region\x18\x04 \x01(\x0c*V\n\nPoolAccess\x12\x1b\n\x17POOL_ACCESS_UNSPECIFIED\x10\x00\x12\x14\n\x10POOL_ACCESS_READ\x10\x01\x12\x15\n\x11POOL_ACCESS_WRITE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16snowskin/v1/door.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\x1a\x17snowskin/v1/store.proto\"\x9a\x04\n\x0b\x44oorRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12#\n\x05hello\x18\x03 \x01(\x0b\x32\x12.snowskin.v1.HelloH\x00\x12.\n\x07reserve\x18\x04 \x01(\x0b\x32\x1b.snowskin.v1.ReserveRequestH\x00\x12,\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1a.snowskin.v1.CommitRequestH\x00\x12*\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x19.snowskin.v1.AbortRequestH\x00\x12*\n\x05probe\x18\x07 \x01(\x0b\x32\x19.snowskin.v1.ProbeRequestH\x00\x12*\n\x05match\x18\x08 \x01(\x0b\x32\x19.snowskin.v1.MatchRequestH\x00\x12*\n\x05renew\x18\t \x01(\x0b\x32\x19.snowskin.v1.RenewRequestH\x00\x12.\n\x07release\x18\n \x01(\x0b\x32\x1b.snowskin.v1.ReleaseRequestH\x00\x12(\n\x04stat\x18\x0b \x01(\x0b\x32\x18.snowskin.v1.StatRequestH\x00\x12%\n\x06\x63\x61ncel\x18\x0c \x01(\x0b\x32\x13.snowskin.v1.CancelH\x00\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x12\n\ntracestate\x18\x0e \x01(\tB\t\n\x07request\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\r\"\xf3\x03\n\x0c\x44oorResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\r\x12)\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.snowskin.v1.ErrorDetailH\x00\x12+\n\x05hello\x18\x03 \x01(\x0b\x32\x1a.snowskin.v1.HelloResponseH\x00\x12/\n\x07reserve\x18\x04 \x01(\x0b\x32\x1c.snowskin.v1.ReserveResponseH\x00\x12-\n\x06\x63ommit\x18\x05 \x01(\x0b\x32\x1b.snowskin.v1.CommitResponseH\x00\x12+\n\x05\x61\x62ort\x18\x06 \x01(\x0b\x32\x1a.snowskin.v1.AbortResponseH\x00\x12+\n\x05probe\x18\x07 \x01(\x0b\x32\x1a.snowskin.v1.ProbeResponseH\x00\x12+\n\x05match\x18\x08 \x01(\x0b\x32\x1a.snowskin.v1.MatchResponseH\x00\x12+\n\x05renew\x18\t \x01(\x0b\x32\x1a.snowskin.v1.RenewResponseH\x00\x12/\n\x07release\x18\n \x01(\x0b\x32\x1c.snowskin.v1.ReleaseResponseH\x00\x12)\n\x04stat\x18\x0b \x01(\x0b\x32\x19.snowskin.v1.StatResponseH\x00\x42\n\n\x08response\"[\n\x05Hello\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12\'\n\x06\x61\x63\x63\x65ss\x18\x03 \x01(\x0e\x32\x17.snowskin.v1.PoolAccess\"\xb7\x01\n\rHelloResponse\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x12\n\nnode_epoch\x18\x03 \x01(\x04\x12\x12\n\nsession_id\x18\x04 \x01(\x04\x12*\n\x05pools\x18\x05 \x03(\x0b\x32\x1b.snowskin.v1.PoolDescriptor\x12\x10\n\x08max_keys\x18\x06 \x01(\r\x12\x19\n\x11max_extent_nbytes\x18\x07 \x01(\x04\"b\n\x0ePoolDescriptor\x12\x0f\n\x07pool_id\x18\x01 \x01(\r\x12\x1f\n\x04tier\x18\x02 \x01(\x0e\x32\x11.snowskin.v1.Tier\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x0e\n\x06region\x18\x04 \x01(\x0c*V\n\nPoolAccess\x12\x1b\n\x17POOL_ACCESS_UNSPECIFIED\x10\x00\x12\x14\n\x10POOL_ACCESS_READ\x10\x01\x12\x15\n\x11POOL_ACCESS_WRITE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snowskin.v1.door_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLACCESS']._serialized_start=1498
-  _globals['_POOLACCESS']._serialized_end=1584
+  _globals['_POOLACCESS']._serialized_start=1539
+  _globals['_POOLACCESS']._serialized_end=1625
   _globals['_DOORREQUEST']._serialized_start=91
-  _globals['_DOORREQUEST']._serialized_end=588
-  _globals['_CANCEL']._serialized_start=590
-  _globals['_CANCEL']._serialized_end=615
-  _globals['_DOORRESPONSE']._serialized_start=618
-  _globals['_DOORRESPONSE']._serialized_end=1117
-  _globals['_HELLO']._serialized_start=1119
-  _globals['_HELLO']._serialized_end=1210
-  _globals['_HELLORESPONSE']._serialized_start=1213
-  _globals['_HELLORESPONSE']._serialized_end=1396
-  _globals['_POOLDESCRIPTOR']._serialized_start=1398
-  _globals['_POOLDESCRIPTOR']._serialized_end=1496
+  _globals['_DOORREQUEST']._serialized_end=629
+  _globals['_CANCEL']._serialized_start=631
+  _globals['_CANCEL']._serialized_end=656
+  _globals['_DOORRESPONSE']._serialized_start=659
+  _globals['_DOORRESPONSE']._serialized_end=1158
+  _globals['_HELLO']._serialized_start=1160
+  _globals['_HELLO']._serialized_end=1251
+  _globals['_HELLORESPONSE']._serialized_start=1254
+  _globals['_HELLORESPONSE']._serialized_end=1437
+  _globals['_POOLDESCRIPTOR']._serialized_start=1439
+  _globals['_POOLDESCRIPTOR']._serialized_end=1537
 # @@protoc_insertion_point(module_scope)

@@ -19,7 +19,7 @@ POOL_ACCESS_READ: PoolAccess
 POOL_ACCESS_WRITE: PoolAccess
 
 class DoorRequest(_message.Message):
-    __slots__ = ("call_id", "request_id", "hello", "reserve", "commit", "abort", "probe", "match", "renew", "release", "stat", "cancel")
+    __slots__ = ("call_id", "request_id", "hello", "reserve", "commit", "abort", "probe", "match", "renew", "release", "stat", "cancel", "traceparent", "tracestate")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,8 @@ class DoorRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     STAT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TRACESTATE_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     request_id: str
     hello: Hello
@@ -44,7 +46,9 @@ class DoorRequest(_message.Message):
     release: _store_pb2.ReleaseRequest
     stat: _store_pb2.StatRequest
     cancel: Cancel
-    def __init__(self, call_id: _Optional[int] = ..., request_id: _Optional[str] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., reserve: _Optional[_Union[_store_pb2.ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[_store_pb2.CommitRequest, _Mapping]] = ..., abort: _Optional[_Union[_store_pb2.AbortRequest, _Mapping]] = ..., probe: _Optional[_Union[_store_pb2.ProbeRequest, _Mapping]] = ..., match: _Optional[_Union[_store_pb2.MatchRequest, _Mapping]] = ..., renew: _Optional[_Union[_store_pb2.RenewRequest, _Mapping]] = ..., release: _Optional[_Union[_store_pb2.ReleaseRequest, _Mapping]] = ..., stat: _Optional[_Union[_store_pb2.StatRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    tracestate: str
+    def __init__(self, call_id: _Optional[int] = ..., request_id: _Optional[str] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., reserve: _Optional[_Union[_store_pb2.ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[_store_pb2.CommitRequest, _Mapping]] = ..., abort: _Optional[_Union[_store_pb2.AbortRequest, _Mapping]] = ..., probe: _Optional[_Union[_store_pb2.ProbeRequest, _Mapping]] = ..., match: _Optional[_Union[_store_pb2.MatchRequest, _Mapping]] = ..., renew: _Optional[_Union[_store_pb2.RenewRequest, _Mapping]] = ..., release: _Optional[_Union[_store_pb2.ReleaseRequest, _Mapping]] = ..., stat: _Optional[_Union[_store_pb2.StatRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., traceparent: _Optional[str] = ..., tracestate: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("call_id",)
