@@ -10,6 +10,9 @@ from typing import Protocol, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
+Standing = tuple[int, Key | None]
+"""How a block stood when it was removed: what only its policy reads, to put it back there."""
+
 
 class EvictionPolicy(Protocol[Key]):
     """Keeps every resident block in some order of leaving.
@@ -24,8 +27,11 @@ class EvictionPolicy(Protocol[Key]):
        this iteration, nor are its ancestors.
     4. Iterated to the end with each victim removed, it offers every resident block once.
     5. Nothing is assumed of prefixes: a parent may be absent, may come after its child, may be
-       removed before it. A parent that arrives later is found by its children.
+       removed before it. A parent that arrives later is found by its children. Parents that go round
+       in a circle keep nobody: a block whose insertion would close one is taken as a start.
     6. Iterating changes nothing by itself; inserts and touches end the iteration's use.
+    7. Blocks that are removed and restored, the last removed first, leave in the order in which they
+       would have left without it.
     """
 
     def on_insert(self, key: Key, parent: Key | None) -> None:
@@ -37,8 +43,11 @@ class EvictionPolicy(Protocol[Key]):
     def on_touch(self, keys: Sequence[Key]) -> None:
         """A matched run was used, first block first. Keys that are not resident are ignored."""
 
-    def on_remove(self, key: Key) -> None:
+    def on_remove(self, key: Key) -> Standing[Key]:
         """A block left, evicted or not; KeyError where it is not resident."""
+
+    def on_restore(self, key: Key, standing: Standing[Key]) -> None:
+        """A block that `on_remove` was told of did not leave: it stands where it stood."""
 
     def victims(self) -> Iterator[Key]:
         """The blocks to evict, first to leave first."""

@@ -2,7 +2,8 @@
 
 The whole rule: every use gives each block of the run a stamp, higher than all before, the later block
 of a run a lower one than the earlier. A block without resident children is a leaf. The leaf with the
-lowest stamp leaves first; when it is gone, its parent may be a leaf.
+lowest stamp leaves first; when it is gone, its parent may be a leaf. A parent that would make a block
+its own ancestor is no parent: otherwise none of that circle would ever be a leaf.
 
 How it works: a touch writes stamps and nothing else (8,192 blocks: about 1 ms). `_heap` has at least
 one entry for every leaf, under a stamp that is the leaf's own or an older one of it: since stamps only
@@ -15,7 +16,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from snowskin.kvstore.eviction.api import Standing
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -43,13 +47,10 @@ class LruEviction(Generic[Key]):
         """A block became resident, and was thereby used."""
         if key in self._stamps or key == parent:
             raise ValueError(f"block {key!r} is resident already, or its own parent")
+        if key in self._num_children and self._is_above(key, parent):
+            parent = None
         self._clock += 1
-        self._stamps[key] = self._clock
-        self._parents[key] = parent
-        if parent is not None:
-            self._num_children[parent] = self._num_children.get(parent, 0) + 1
-        if key not in self._num_children:
-            self._queue(key)
+        self._add(key, parent, self._clock)
 
     def on_touch(self, keys: Sequence[Key]) -> None:
         """Stamps a used run; one pass in C, since it stands in every match."""
@@ -62,17 +63,22 @@ class LruEviction(Generic[Key]):
                 if key not in self._parents:
                     stamps.pop(key, None)
 
-    def on_remove(self, key: Key) -> None:
+    def on_remove(self, key: Key) -> Standing[Key]:
         """A block left; its parent may have become a leaf."""
-        del self._stamps[key]
+        stamp = self._stamps.pop(key)
         parent = self._parents.pop(key)
-        if parent is None:
-            return
-        self._num_children[parent] -= 1
-        if not self._num_children[parent]:
-            del self._num_children[parent]
-            if parent in self._stamps:
-                self._queue(parent)
+        if parent is not None:
+            self._num_children[parent] -= 1
+            if not self._num_children[parent]:
+                del self._num_children[parent]
+                if parent in self._stamps:
+                    self._queue(parent)
+        return stamp, parent
+
+    def on_restore(self, key: Key, standing: Standing[Key]) -> None:
+        """It stays, under the stamp that it had."""
+        stamp, parent = standing
+        self._add(key, parent, stamp)
 
     def victims(self) -> Iterator[Key]:
         """Leaves, lowest stamp first; see the Protocol for what may be done meanwhile."""
@@ -95,6 +101,20 @@ class LruEviction(Generic[Key]):
         finally:
             for entry in skipped:
                 heapq.heappush(self._heap, entry)
+
+    def _add(self, key: Key, parent: Key | None, stamp: int) -> None:
+        self._stamps[key] = stamp
+        self._parents[key] = parent
+        if parent is not None:
+            self._num_children[parent] = self._num_children.get(parent, 0) + 1
+        if key not in self._num_children:
+            self._queue(key)
+
+    def _is_above(self, key: Key, below: Key | None) -> bool:
+        """Whether `key` is `below` or one of its ancestors. Asked only of a key that has children before it came."""
+        while below is not None and below != key:
+            below = self._parents.get(below)
+        return below is not None
 
     def _queue(self, key: Key) -> None:
         if key in self._queued:

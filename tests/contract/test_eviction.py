@@ -113,12 +113,42 @@ def test_every_resident_block_is_offered_once(edges: list[tuple[int, int]]) -> N
         policy: Policy = make_eviction(name)
         resident = set()
         for key, parent in edges:
-            if key not in resident and parent < key:  # no cycles: a hash cannot name its descendant
+            if (
+                key not in resident and parent != key
+            ):  # circles too, though no hash can name its descendant
                 policy.on_insert(key, parent)
                 resident.add(key)
         offered = evict_all(policy)
         assert sorted(offered) == sorted(resident)
         assert len(policy) == 0
+
+
+def test_parents_in_a_circle_keep_nobody(policy: Policy) -> None:
+    policy.on_insert(1, 3)
+    policy.on_insert(2, 1)
+    policy.on_insert(3, 2)
+    assert evict_all(policy) == [2, 1, 3]
+    policy.on_insert(1, 2)
+    policy.on_insert(2, 1)
+    policy.on_insert(4, 2)
+    assert sorted(evict_all(policy)) == [1, 2, 4]
+
+
+def test_what_was_removed_and_restored_leaves_in_the_order_of_before(policy: Policy) -> None:
+    for key in (10, 20, 30):
+        chain(policy, key, key + 1, key + 2)
+    policy.on_touch([20, 21])
+    expected = evict_all_and_restore(policy)
+    assert evict_all_and_restore(policy) == expected
+    policy.on_insert(40, None)
+    assert evict_all(policy) == [*expected, 40]
+
+
+def evict_all_and_restore(policy: Policy) -> list[int]:
+    removed = [(key, policy.on_remove(key)) for key in policy.victims()]
+    for key, standing in reversed(removed):
+        policy.on_restore(key, standing)
+    return [key for key, _ in removed]
 
 
 def test_unknown_policy_lists_the_known_ones() -> None:
@@ -180,8 +210,14 @@ class LruMachine(RuleBasedStateMachine):
 
     @rule(key=st.integers(0, 12), parent=st.one_of(st.none(), st.integers(0, 12)))
     def insert(self, key: int, parent: int | None) -> None:
-        if key in self.model or (parent is not None and parent >= key):
+        if key in self.model or parent == key:
             return
+        above = parent
+        while above in self.model:
+            above = self.model[above][1]
+            if above == key:  # a circle: then it is a start
+                parent = None
+                break
         self.clock += 1
         self.model[key] = (self.clock, parent)
         self.policy.on_insert(key, parent)
@@ -218,6 +254,17 @@ class LruMachine(RuleBasedStateMachine):
                 self.policy.on_remove(other)
                 del self.model[other]
         victims.close()  # type: ignore[attr-defined]
+
+    @rule(decisions=st.lists(st.booleans(), max_size=8))
+    def evict_in_vain(self, decisions: list[bool]) -> None:
+        removed = []
+        victims = self.policy.victims()
+        for decision, key in zip(decisions, victims, strict=False):
+            if decision:
+                removed.append((key, self.policy.on_remove(key)))
+        victims.close()  # type: ignore[attr-defined]
+        for key, standing in reversed(removed):
+            self.policy.on_restore(key, standing)
 
     @rule()
     def compact(self) -> None:
