@@ -96,6 +96,12 @@ class TailUnknown(SnowskinError):
     status = "NOT_FOUND"
 
 
+class WatcherTooSlow(SnowskinError):
+    """A subscriber did not read what its node told it in time; it comes again, and goes on or begins anew."""
+
+    status = "ABORTED"
+
+
 class SessionEnded(SnowskinError):
     """The session ended while the call waited."""
 
@@ -117,11 +123,23 @@ class ClientForked(SnowskinError):
     status = "FAILED_PRECONDITION"
 
 
+class WatchAstray(SnowskinError):
+    """What a node tells of its blocks does not follow from what it told before."""
+
+    status = "DATA_LOSS"
+
+
 # --- on the way
 
 
 class NodeUnavailable(SnowskinError):
     """The node cannot be reached, or the connection broke while a call was under way."""
+
+    status = "UNAVAILABLE"
+
+
+class NodeSilent(SnowskinError):
+    """The node did not answer in time before, and is left alone until it does; this call did not go out."""
 
     status = "UNAVAILABLE"
 
