@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import threading
 
 import pytest
 
 from snowskin.engines.conductor import intake
+from snowskin.engines.model.tokenizer import Tokenizer
 from tests.support.conductors import conducting, events_of, make_tiny_model
 from tests.support.fake_engines import FakeEngine, continuation, tokens_of
 
@@ -359,6 +362,48 @@ async def test_a_passed_limit_is_a_429_with_its_reason_and_retry_after(model):
         await cluster.served.conductor.pipeline.drain(5.0)
 
 
+async def test_one_request_too_many_is_refused_before_it_is_read_into_tokens(model, monkeypatch):
+    async with conducting(model, pair(prefill=["hang"]), max_requests=1) as cluster:
+        encoded = []
+        monkeypatch.setattr(
+            Tokenizer, "encode", lambda _self, text, **_options: encoded.append(text) or [1, 2]
+        )
+        hanging = asyncio.create_task(cluster.complete("the first"))
+        await cluster["prefill-0"].busy.wait()
+        flood = [cluster.complete("one more", stream=index % 2 == 0) for index in range(20)]
+        refused = await asyncio.gather(*flood, cluster.complete(["no", "prompt"]))
+        assert {response.status_code for response in refused} == {429}
+        assert encoded == ["the first"]
+        counts = cluster.served.conductor.state.counts()
+        assert (counts.num_running, counts.num_refused, counts.num_arrived) == (1, 21, 22)
+        hanging.cancel()
+        await asyncio.gather(hanging, return_exceptions=True)
+        await cluster.served.conductor.pipeline.drain(5.0)
+
+
+async def test_requests_that_are_being_read_into_tokens_count_as_in_flight(model, monkeypatch):
+    async with conducting(model, pair(), max_requests=2) as cluster:
+        gate, is_held = threading.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def held(_self, text, **_options):
+            loop.call_soon_threadsafe(is_held.set)
+            assert gate.wait(10)
+            return [1, 2]
+
+        monkeypatch.setattr(Tokenizer, "encode", held)
+        long = "a" * (intake.OFF_LOOP_CHARACTERS + 1)
+        try:
+            asking = [asyncio.create_task(cluster.complete(long, max_tokens=1)) for _ in range(5)]
+            done, _ = await asyncio.wait(asking, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+            await is_held.wait()
+        finally:
+            gate.set()
+        statuses = sorted([(await each).status_code for each in asking])
+        assert statuses == [200, 200, 429, 429, 429]
+        assert all(each.result().status_code == 429 for each in done)
+
+
 async def test_a_streamed_refusal_is_a_status_and_no_stream(model):
     async with conducting(model, pair(), max_ttft_s=0.001) as cluster:
         response = await cluster.complete("hello" * 100, stream=True)
@@ -389,6 +434,45 @@ async def test_a_request_waits_for_an_instance_that_is_starting(model):
         await cluster.registrar.report("decode-0", draining=False)
         assert (await waiting).json()["choices"][0]["text"] == text_of("hello", 3)
         assert (await cluster.http.get("/healthz")).status_code == 200
+
+
+async def test_only_so_many_new_requests_wait_for_an_instance(model):
+    settings = {"instance_wait_s": 10.0, "max_waiting_requests": 2}
+    engines = [FakeEngine("prefill-0"), FakeEngine("decode-0")]
+    async with conducting(model, engines, **settings) as cluster:
+        await cluster.registrar.report("decode-0", draining=True)
+        asking = [asyncio.create_task(cluster.complete("hello", max_tokens=3)) for _ in range(5)]
+        async with asyncio.timeout(5):
+            sent_away = [await one for one in itertools.islice(asyncio.as_completed(asking), 3)]
+        for response in sent_away:
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert "2 requests wait for one already" in response.json()["error"]["message"]
+        await cluster.registrar.report("decode-0", draining=False)
+        assert sorted([(await each).status_code for each in asking]) == [200, 200, 503, 503, 503]
+
+
+async def test_a_completion_that_names_no_length_ends_with_the_context(model):
+    async with conducting(model, pair()) as cluster:
+        for num_prompt_tokens, num_tokens in ((4090, 6), (4095, 1), (100, 16)):
+            response = await cluster.complete("x" * num_prompt_tokens)
+            assert response.status_code == 200, response.text
+            assert response.json()["usage"]["completion_tokens"] == num_tokens
+        named = await cluster.complete("x" * 4090, max_tokens=7)
+        assert named.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_a_user_is_told_apart_in_the_logs_and_not_named(model, caplog):
+    caplog.set_level("INFO")
+    async with conducting(model, pair()) as cluster:
+        for user in ("jane@example.org", "jane@example.org", "joe@example.org", None):
+            assert (await cluster.complete("hello", max_tokens=1, user=user)).status_code == 200
+        ended = [each.msg for each in caplog.records if "request ended" in str(each.msg)]
+        jane, again, joe, nobody = [each.get("user") for each in ended]
+        assert jane == again != joe
+        assert len(jane) == 12
+        assert nobody is None
+        assert "example.org" not in caplog.text
+    caplog.clear()
 
 
 async def test_models_are_listed(model):
