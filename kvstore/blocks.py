@@ -109,12 +109,17 @@ class BlockHashChain:
         return hashes
 
 
-def digest_part(name: bytes) -> int:
-    """What a namespace or a key brings into the digest of a Watch: its first eight bytes, little-endian.
-
-    The digest of a set of blocks is the XOR of `digest_part(namespace) ^ digest_part(key)` over them.
-    """
+def digest_number(name: bytes) -> int:
+    """What a namespace or a key counts in the digest of a Watch: its first eight bytes, little-endian."""
     return int.from_bytes(name[:8], "little")
+
+
+def digest_part(namespace_number: int, key: bytes) -> int:
+    """What one block brings into the digest of a Watch, which is the XOR over all blocks.
+
+    A sum, so that a key that several shards have leaves a trace in the XOR also where their number is even.
+    """
+    return (namespace_number + digest_number(key)) & 0xFFFF_FFFF_FFFF_FFFF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Which blocks are on which nodes, as far as one who watches them knows."""
