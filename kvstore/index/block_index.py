@@ -9,6 +9,7 @@ that somebody once asked for wrongly neither stays wrong nor stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 BlockId = tuple[int, bytes]
 """Scope number and key: names a block within a node, for the eviction policy."""
+
+
+Note = Callable[[bytes, bytes, bool], None]
+"""Hears of a block at once: namespace, key, and whether it went (or became visible)."""
+
+
+def _tell_nobody(_namespace: bytes, _key: bytes, _removed: bool) -> None:
+    """For an index that is not watched."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,12 +104,16 @@ class BlockEntry:
 
 @dataclass(slots=True, eq=False)
 class Scope:
-    """The blocks of one tenant in one namespace; all of one size. `num_writers` counts the reservations in it."""
+    """The blocks of one tenant in one namespace; all of one size.
+
+    `num_writers` counts the reservations in it; `note` hears of its blocks, save those for one reader.
+    """
 
     number: int
     tenant: str
     namespace: bytes
     block_nbytes: int
+    note: Note = _tell_nobody
     num_writers: int = 0
     blocks: dict[bytes, BlockEntry] = field(default_factory=dict)
 
@@ -108,8 +121,9 @@ class Scope:
 class BlockIndex:
     """Block key to extent, by scope."""
 
-    def __init__(self) -> None:
-        """Empty."""
+    def __init__(self, note_of: Callable[[str], Note] = lambda _tenant: _tell_nobody) -> None:
+        """Empty; `note_of(tenant)` hears of the tenant's blocks."""
+        self._note_of = note_of
         self._scopes: dict[tuple[str, bytes], Scope] = {}
         self._by_number: dict[int, Scope] = {}
         self._num_opened = 0
@@ -127,11 +141,16 @@ class BlockIndex:
         """The scope, where anything is committed or reserved in it."""
         return self._scopes.get((tenant, namespace))
 
+    def namespaces(self, tenant: str) -> list[bytes]:
+        """Of the tenant's scopes, in order."""
+        return sorted(namespace for of, namespace in self._scopes if of == tenant)
+
     def open_scope(self, tenant: str, namespace: bytes, block_nbytes: int) -> Scope:
         """The scope, made on first use, for one writer more; each `leave_scope` is for one less."""
         scope = self._scopes.get((tenant, namespace))
         if scope is None:
-            scope = Scope(self._num_opened, tenant, namespace, block_nbytes)
+            note = self._note_of(tenant)
+            scope = Scope(self._num_opened, tenant, namespace, block_nbytes, note)
             self._num_opened += 1
             self._scopes[tenant, namespace] = scope
             self._by_number[scope.number] = scope
@@ -154,12 +173,16 @@ class BlockIndex:
         assert entry.key not in scope.blocks, "a committed block was committed again"
         scope.blocks[entry.key] = entry
         entry.segment.note_visible(entry)
+        if not entry.one_reader:
+            scope.note(scope.namespace, entry.key, False)
 
     def remove(self, entry: BlockEntry) -> None:
         """Makes a block invisible."""
         scope = self._by_number[entry.id[0]]
         del scope.blocks[entry.key]
         entry.segment.note_gone(entry)
+        if not entry.one_reader:
+            scope.note(scope.namespace, entry.key, True)
         self._drop_if_unused(scope)
 
     def check(self, num_writers: Counter[int]) -> None:

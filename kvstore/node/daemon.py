@@ -19,6 +19,7 @@ from snowskin.kvstore.node.limits import NodeLimits
 from snowskin.kvstore.node.service import StoreService
 from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
+from snowskin.kvstore.node.watching import WatchLimits
 from snowskin.kvstore.pool.arena import Arena
 from snowskin.kvstore.pool.pool import Pool
 from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
@@ -48,6 +49,14 @@ class NodeSettings(RoleSettings):
     lease_life_s: float = setting(600.0, help="Longest life of a lease with all renewals.")
     max_extent_nbytes: int = setting(64 << 20, help="Longest contiguous extent.")
     max_keys: int = setting(8192, help="Keys that one call may carry.")
+    watch_ring_nbytes: int = setting(
+        16 << 20, help="Block changes kept for subscribers who come back."
+    )
+    watch_beat_s: float = setting(2.0, help="Silence of a watch at most.")
+    watch_stall_s: float = setting(
+        10.0, help="How long a subscriber may read nothing before it is dropped."
+    )
+    max_watchers: int = setting(64, help="Subscribers to block changes at once.")
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is opened."""
@@ -55,6 +64,7 @@ class NodeSettings(RoleSettings):
         if self.dram_nbytes < 1 << 20:
             raise BadSetting(f"dram_nbytes is {self.dram_nbytes}", hint="give at least 1MiB")
         self.limits()
+        self.watch_limits()
 
     def limits(self) -> NodeLimits:
         """The part that the state machine needs."""
@@ -65,6 +75,15 @@ class NodeSettings(RoleSettings):
             lease_life_s=self.lease_life_s,
             max_extent_nbytes=self.max_extent_nbytes,
             max_keys=self.max_keys,
+            watch_ring_nbytes=self.watch_ring_nbytes,
+        )
+
+    def watch_limits(self) -> WatchLimits:
+        """The part that those who watch are held to."""
+        return WatchLimits(
+            beat_s=self.watch_beat_s,
+            stall_s=self.watch_stall_s,
+            max_watchers=self.max_watchers,
         )
 
 
@@ -91,7 +110,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
         door = LocalDoor(shell, path)
         door.open()
         stack.callback(door.close)
-        service = StoreService(shell)
+        service = StoreService(shell, settings.watch_limits())
         stack.callback(service.close)
         server = await stack.enter_async_context(
             serving(

@@ -27,6 +27,8 @@ class NodeLimits:
     max_timeout_s: float = 600.0
     max_waiting: int = 1024
     max_leases_per_session: int = 4096
+    # Of block changes that are kept for subscribers who come back: half a million of 32 bytes.
+    watch_ring_nbytes: int = 16 << 20
 
     def __post_init__(self) -> None:
         """Refuses numbers that cannot work."""
@@ -39,6 +41,10 @@ class NodeLimits:
         if not 0 <= self.grace_s <= MAX_LEASE_S:
             raise BadSetting(
                 f"grace_s is {self.grace_s}", hint=f"give 0 to {MAX_LEASE_S:.0f} seconds"
+            )
+        if self.watch_ring_nbytes < 4096:
+            raise BadSetting(
+                f"watch_ring_nbytes is {self.watch_ring_nbytes}", hint="give 4096 bytes or more"
             )
         if self.max_keys < 1:
             raise BadSetting(f"max_keys is {self.max_keys}", hint="give 1 or more")

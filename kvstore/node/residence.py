@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from snowskin.kvstore.extent import Extent
 from snowskin.kvstore.index.block_index import BlockEntry, BlockId, BlockIndex, PlacedSegment, Scope
+from snowskin.kvstore.node.events import BlockEvents
 from snowskin.kvstore.pool.pool import Pool, Use
 
 if TYPE_CHECKING:
@@ -38,10 +39,12 @@ class Residence:
         *,
         node_id: str,
         max_extent_nbytes: int,
+        watch_ring_nbytes: int = 1 << 20,
     ) -> None:
         """Empty pools, one a tenant."""
         self.pools = {pool.id: pool for pool in pools}
-        self.index = BlockIndex()
+        self.events = {pool.tenant: BlockEvents(max_nbytes=watch_ring_nbytes) for pool in pools}
+        self.index = BlockIndex(lambda tenant: self.events[tenant].note)
         self.counters: Counter[str] = Counter()
         self._by_tenant = {pool.tenant: pool for pool in pools}
         self._eviction = eviction

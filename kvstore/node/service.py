@@ -25,6 +25,7 @@ from snowskin.kvstore.messages import (
     Request,
     Reserved,
 )
+from snowskin.kvstore.node.watching import Watchers, WatchLimits
 from snowskin.kvstore.wire import reply_to, request_from
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
@@ -45,9 +46,10 @@ NO_ANSWER = 0  # as a call id: calls count from 1
 class StoreService(store_pb2_grpc.StoreServicer):
     """The Store service over one node's shell."""
 
-    def __init__(self, shell: NodeShell) -> None:
+    def __init__(self, shell: NodeShell, watch_limits: WatchLimits | None = None) -> None:
         """All gRPC callers share one session, which ends with the node."""
         self._shell = shell
+        self.watchers = Watchers(shell, watch_limits)
         self._secret = secrets.token_bytes(32)
         self._calls = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[ReplyMessage]] = {}
@@ -198,6 +200,15 @@ class StoreService(store_pb2_grpc.StoreServicer):
             "stat", request, store_pb2.StatResponse()
         )
         return response
+
+    async def Watch(  # noqa: N802
+        self, request: store_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[store_pb2.WatchResponse]:
+        """Block changes as they happen; written by hand, since a stream that stalls must be noticed."""
+        await self.watchers.serve(request, context)
+        nothing: tuple[store_pb2.WatchResponse, ...] = ()
+        for message in nothing:  # what makes this a generator, as a stream has to be
+            yield message
 
     # --- bytes, for clients without a transport
 

@@ -56,6 +56,8 @@ class NodeShell:
         self.clock = clock
         self._answers: dict[SessionId, Answer] = {}
         self._boards: dict[SessionId, ReleaseBoard] = {}
+        self._watchers: list[Callable[[], None]] = []
+        self._num_told = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = 0.0
         self._transport = ShmTransport()
@@ -111,6 +113,16 @@ class NodeShell:
     def drain(self) -> None:
         """Grants no new leases from now on."""
         self._carry_out(self.state.drain())
+        for wake in self._watchers:
+            wake()
+
+    def on_change(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` after every event in which a block became visible or went, and at a drain."""
+        self._watchers.append(wake)
+
+    def no_change_for(self, wake: Callable[[], None]) -> None:
+        """Ends what `on_change` began."""
+        self._watchers.remove(wake)
 
     def greeting(self, session: Session) -> Greeting:
         """What a session on the local door is told; the descriptors go beside it, in the same order."""
@@ -169,6 +181,13 @@ class NodeShell:
             if served:
                 self._carry_out(served)
 
+    def _tell_watchers(self) -> None:
+        num_noted = sum(events.num_noted for events in self.state.residence.events.values())
+        if num_noted != self._num_told:
+            self._num_told = num_noted
+            for wake in self._watchers:
+                wake()
+
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             answer = self._answers.get(effect.session_id)
@@ -179,6 +198,8 @@ class NodeShell:
                     answer(call_id, message)
                 case Fail(call_id=call_id, error=error):
                     answer(call_id, error)
+        if self._watchers:
+            self._tell_watchers()
         self._arm_timer()
 
     def _arm_timer(self) -> None:

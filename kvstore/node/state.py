@@ -41,6 +41,7 @@ from snowskin.kvstore.messages import (
     SessionId,
     StatRequest,
 )
+from snowskin.kvstore.node.events import Subscription
 from snowskin.kvstore.node.limits import NodeLimits
 from snowskin.kvstore.node.reading import Reading
 from snowskin.kvstore.node.residence import Residence
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
     from snowskin.kvstore.eviction.api import EvictionPolicy
     from snowskin.kvstore.index.block_index import BlockEntry, BlockId, PlacedSegment
+    from snowskin.kvstore.messages import WatchRequest
 
 MIN_RETRY_S = 0.05
 
@@ -86,7 +88,11 @@ class NodeState:
         self.draining = False
         self.sessions = SessionTable()
         self.residence = Residence(
-            pools, eviction, node_id=node_id, max_extent_nbytes=self.limits.max_extent_nbytes
+            pools,
+            eviction,
+            node_id=node_id,
+            max_extent_nbytes=self.limits.max_extent_nbytes,
+            watch_ring_nbytes=self.limits.watch_ring_nbytes,
         )
         self._last_lease_id = 0
         self._writing = Writing(
@@ -251,6 +257,20 @@ class NodeState:
     def writable(self, lease_id: LeaseId, now_s: float) -> WriteHold:
         """The blocks under a live write lease; asked again before every chunk."""
         return self._writing.writable(lease_id, now_s)
+
+    # --- for those who watch
+
+    def watch(self, request: WatchRequest, *, tenant: str = DEFAULT_TENANT) -> Subscription:
+        """Where a new subscriber stands; NodeDraining where its blocks can be matched no more."""
+        if self.draining:
+            raise self._is_draining()
+        return Subscription(
+            request,
+            events=self.residence.events[tenant],
+            index=self.residence.index,
+            tenant=tenant,
+            epoch=self.epoch,
+        )
 
     # --- seen from outside
 
