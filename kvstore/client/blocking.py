@@ -12,6 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from snowskin.kvstore import tracing
+from snowskin.kvstore.call_spans import name_of_call
 from snowskin.kvstore.client import machine
 from snowskin.kvstore.client.blocking_connection import (
     BlockingDoorConnection,
@@ -28,6 +30,7 @@ from snowskin.kvstore.client.machine import (
     Tell,
 )
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S, DOOR_PREFIX, MOVE_TIMEOUT_S
+from snowskin.kvstore.client.step_spans import facts_of, is_told, name_of
 from snowskin.kvstore.errors import (
     ClientClosed,
     ClientForked,
@@ -281,19 +284,20 @@ class BlockingStoreClient:
 
     def _call(self, request: Request, *, request_id: str) -> ReplyMessage:
         self._check_usable()
-        with self._turn:
+        with self._turn, tracing.span(name_of_call(request)):
             return self._connection.call(
                 request, timeout_s=self._settings.call_timeout_s, lease=None, request_id=request_id
             )
 
     def _run(self, flow: Generator[Step, Done, ResultT], request_id: str) -> ResultT:
         self._check_usable()
+        do = self._do if tracing.current() is None else self._do_traced
         with self._turn:
             try:
                 step = next(flow)
                 while True:
                     try:
-                        done = self._do(step, request_id)
+                        done = do(step, request_id)
                     except BaseException as error:  # noqa: BLE001  the flow gives its lease back, and raises it again
                         step = flow.throw(error)
                     else:
@@ -301,6 +305,14 @@ class BlockingStoreClient:
             except StopIteration as end:
                 result: ResultT = end.value
                 return result
+
+    def _do_traced(self, step: Step, request_id: str) -> Done:
+        if not is_told(step):
+            return self._do(step, request_id)
+        with tracing.span(name_of(step)):
+            done = self._do(step, request_id)
+            tracing.annotate(**facts_of(step, done))
+            return done
 
     def _do(self, step: Step, request_id: str) -> Done:
         began_at_s = time.monotonic()

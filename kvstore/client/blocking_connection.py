@@ -27,6 +27,7 @@ from snowskin.kvstore.client.store import CALL_TIMEOUT_S
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.messages import Access, Lease, RenewRequest, ReplyMessage, Request
 from snowskin.kvstore.rpc import call_metadata, channel_options, translating
+from snowskin.kvstore.tracing import outgoing
 from snowskin.kvstore.wire import reply_from, request_to
 from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.transport.shm import ShmTransport
@@ -98,7 +99,7 @@ class BlockingDoorConnection:
         self, request: Request, *, timeout_s: float, lease: Lease | None, request_id: str
     ) -> ReplyMessage:
         """One call and its answer."""
-        call_id, data = self._conversation.call(request, request_id)
+        call_id, data = self._conversation.call(request, request_id, outgoing())
         deadline_s = time.monotonic() + timeout_s
         try:
             self._send(data, timeout_s)

@@ -19,6 +19,7 @@ from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
 from snowskin.kvstore.release_board import ReleaseBoard
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import outgoing
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.transport.shm import ShmTransport
@@ -180,7 +181,7 @@ class DoorConnection:
         self, request: Request, *, timeout_s: float, lease: Lease | None, request_id: str
     ) -> ReplyMessage:
         """One call and its answer."""
-        call_id, data = self._conversation.call(request, request_id)
+        call_id, data = self._conversation.call(request, request_id, outgoing())
         future: asyncio.Future[ReplyMessage] = self._loop.create_future()
         self._waiting[call_id] = future
         timer = self._loop.call_later(timeout_s, self._on_late, call_id, timeout_s)

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 # --- one connection to the local door
 
+Trace = tuple[tuple[str, str], ...]
 Answer = tuple[int, "ReplyMessage | SnowskinError"]
 
 
@@ -90,10 +91,10 @@ class Conversation:
         self._pending[request.call_id] = False
         return frame(request.SerializeToString())
 
-    def call(self, request: Request, request_id: str = "") -> tuple[int, bytes]:
-        """(call id, what to send) of a call that wants an answer."""
+    def call(self, request: Request, request_id: str = "", trace: Trace = ()) -> tuple[int, bytes]:
+        """(call id, what to send) of a call that wants an answer; `trace` as `tracing.outgoing`."""
         call_id = self._next_id()
-        data = self._encode(call_id, request, request_id)
+        data = self._encode(call_id, request, request_id, trace)
         self._pending[call_id] = (
             isinstance(request, MatchRequest | ReserveRequest) and request.timeout_s > 0
         )
@@ -101,7 +102,7 @@ class Conversation:
 
     def tell(self, request: Request, request_id: str = "") -> bytes:
         """What to send of a call that wants none."""
-        return self._encode(0, request, request_id)
+        return self._encode(0, request, request_id, ())
 
     def forget(self, call_id: int) -> bytes:
         """Nobody waits for this answer any more: what to send, empty where it came or comes soon by itself."""
@@ -151,10 +152,12 @@ class Conversation:
         self._last_call_id = self._last_call_id % 0xFFFF_FFFF + 1
         return self._last_call_id
 
-    def _encode(self, call_id: int, request: Request, request_id: str) -> bytes:
+    def _encode(self, call_id: int, request: Request, request_id: str, trace: Trace) -> bytes:
         name, message = request_to(request)
         fields: dict[str, Any] = {name: message}  # a oneof: its name is known at run time
         envelope = door_pb2.DoorRequest(call_id=call_id, request_id=request_id, **fields)
+        for header, said in trace:  # the fields have the headers' names
+            setattr(envelope, header, said)
         return frame(envelope.SerializeToString())
 
 

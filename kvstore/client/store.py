@@ -16,6 +16,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from snowskin.kvstore import tracing
+from snowskin.kvstore.call_spans import name_of_call
 from snowskin.kvstore.client import machine
 from snowskin.kvstore.client.door_connection import DoorConnection
 from snowskin.kvstore.client.machine import (
@@ -29,6 +31,7 @@ from snowskin.kvstore.client.machine import (
     Tell,
 )
 from snowskin.kvstore.client.rpc_connection import RpcConnection
+from snowskin.kvstore.client.step_spans import facts_of, is_told, name_of
 from snowskin.kvstore.errors import ClientClosed, ClientForked, NodeUnavailable
 from snowskin.kvstore.messages import (
     Access,
@@ -342,17 +345,19 @@ class StoreClient:
 
     async def _call(self, request: Request, *, request_id: str) -> ReplyMessage:
         self._check_usable()
-        return await self._connection.call(
-            request, timeout_s=self._settings.call_timeout_s, lease=None, request_id=request_id
-        )
+        with tracing.span(name_of_call(request)):
+            return await self._connection.call(
+                request, timeout_s=self._settings.call_timeout_s, lease=None, request_id=request_id
+            )
 
     async def _run(self, flow: Generator[Step, Done, ResultT], request_id: str) -> ResultT:
         self._check_usable()
+        do = self._do if tracing.current() is None else self._do_traced
         try:
             step = next(flow)
             while True:
                 try:
-                    done = await self._do(step, request_id)
+                    done = await do(step, request_id)
                 except BaseException as error:  # noqa: BLE001  the flow gives its lease back, and raises it again
                     step = flow.throw(error)
                 else:
@@ -360,6 +365,14 @@ class StoreClient:
         except StopIteration as end:
             result: ResultT = end.value
             return result
+
+    async def _do_traced(self, step: Step, request_id: str) -> Done:
+        if not is_told(step):
+            return await self._do(step, request_id)
+        with tracing.span(name_of(step)):
+            done = await self._do(step, request_id)
+            tracing.annotate(**facts_of(step, done))
+            return done
 
     async def _do(self, step: Step, request_id: str) -> Done:
         began_at_s = time.monotonic()
