@@ -50,7 +50,7 @@ from snowskin.kvstore.errors import BadSetting, InsecureAddress
 ENVIRONMENT_PREFIX = "SNOWSKIN_"
 # One file may serve all roles of a host, so a table of another role is no mistake. Only their names
 # are known here; what is in them, only their own role knows.
-TABLES = ("node", "conductor", "prefill", "decode", "encode", "up", "demo", "kvctl", "doctor")
+TABLES = ("node", "conductor", "prefill", "decode", "encode", "up", "demo", "kvctl")
 UNITS_NBYTES = {
     "": 1, "b": 1,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,

@@ -38,6 +38,11 @@ def _usable(parent: Path) -> bool:
     )
 
 
+def socket_directory() -> Path | None:
+    """The first folder in which a private directory for sockets can be made; None where there is none."""
+    return next((place for place in _parents() if _usable(place)), None)
+
+
 def _locked(path: Path) -> int | None:
     """A descriptor that holds the directory's lock, or None where somebody else holds it."""
     fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -76,7 +81,7 @@ class ClusterDirectory:
         Raises:
             BadSetting: no directory for temporary files is writable and short enough.
         """
-        parent = next((place for place in _parents() if _usable(place)), None)
+        parent = socket_directory()
         if parent is None:
             raise BadSetting(
                 f"no usable directory for sockets among {', '.join(map(str, _parents()))}",

@@ -11,6 +11,8 @@ from typing import cast
 
 import click
 
+from snowskin.tools.version import version_option
+
 EPILOG = """
 One TOML file serves all roles: --config FILE, or SNOWSKIN_CONFIG. Flags beat environment variables, and those
 beat the file.
@@ -21,6 +23,8 @@ Exit status: 0 done or drained, 1 failed at run time, 2 usage or a setting that 
 Examples:
   snowskin demo
   snowskin up --model models/tiny
+  snowskin doctor
+  snowskin config print node --config snowskin.toml
   snowskin node --help
 """
 
@@ -37,15 +41,44 @@ class _Lazy:
 
 COMMANDS = {
     "up": _Lazy(
-        module="up", name="up", made=False, help="A whole cluster on this host, until Ctrl-C."
+        module="snowskin.tools.cluster.up",
+        name="up",
+        made=False,
+        help="A whole cluster on this host, until Ctrl-C.",
     ),
-    "demo": _Lazy(module="demo", name="demo", made=False, help="The main job, shown and checked."),
-    "node": _Lazy(module="roles", name="node", made=True, help="A store node."),
+    "demo": _Lazy(
+        module="snowskin.tools.cluster.demo",
+        name="demo",
+        made=False,
+        help="The main job, shown and checked.",
+    ),
+    "node": _Lazy(
+        module="snowskin.tools.cluster.roles", name="node", made=True, help="A store node."
+    ),
     "conductor": _Lazy(
-        module="roles", name="conductor", made=True, help="The conductor: HTTP, placement."
+        module="snowskin.tools.cluster.roles",
+        name="conductor",
+        made=True,
+        help="The conductor: HTTP, placement.",
     ),
-    "prefill": _Lazy(module="roles", name="prefill", made=True, help="A prefill engine."),
-    "decode": _Lazy(module="roles", name="decode", made=True, help="A decode engine."),
+    "prefill": _Lazy(
+        module="snowskin.tools.cluster.roles", name="prefill", made=True, help="A prefill engine."
+    ),
+    "decode": _Lazy(
+        module="snowskin.tools.cluster.roles", name="decode", made=True, help="A decode engine."
+    ),
+    "doctor": _Lazy(
+        module="snowskin.tools.doctor.main",
+        name="doctor",
+        made=False,
+        help="Can this host run it? What is wrong, and what to do.",
+    ),
+    "config": _Lazy(
+        module="snowskin.tools.cluster.config_command",
+        name="config",
+        made=False,
+        help="Print or check a role's settings.",
+    ),
 }
 
 
@@ -61,7 +94,7 @@ class LazyGroup(click.Group):
         lazy = COMMANDS.get(cmd_name)
         if lazy is None:
             return None
-        found = getattr(importlib.import_module(f"snowskin.tools.cluster.{lazy.module}"), lazy.name)
+        found = getattr(importlib.import_module(lazy.module), lazy.name)
         return cast("click.Command", found() if lazy.made else found)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -73,7 +106,7 @@ class LazyGroup(click.Group):
 @click.command(
     cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.version_option(package_name="snowskin", prog_name="snowskin")
+@version_option("snowskin")
 def cli() -> None:
     """Snowskin: transfer and storage of KV caches for LLM inference."""
 

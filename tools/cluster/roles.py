@@ -18,7 +18,47 @@ from snowskin.kvstore.role import RoleSettings, Stop, run_role
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from snowskin.engines.conductor.daemon import ConductorSettings
+    from snowskin.engines.daemon import EngineSettings
+    from snowskin.kvstore.node.daemon import NodeSettings
+
 Settings = TypeVar("Settings", bound=RoleSettings)
+
+
+def node_settings() -> type[NodeSettings]:
+    """The settings of a node."""
+    from snowskin.kvstore.node.daemon import NodeSettings
+
+    return NodeSettings
+
+
+def conductor_settings() -> type[ConductorSettings]:
+    """The settings of a conductor."""
+    from snowskin.engines.conductor.daemon import ConductorSettings
+
+    return ConductorSettings
+
+
+def prefill_settings() -> type[EngineSettings]:
+    """The settings of a prefill engine."""
+    from snowskin.engines.daemon import EngineSettings
+
+    @dataclass(frozen=True, kw_only=True)
+    class PrefillSettings(EngineSettings):
+        role: Literal["prefill"] = setting("prefill", help="Said by the command already.")
+
+    return PrefillSettings
+
+
+def decode_settings() -> type[EngineSettings]:
+    """The settings of a decode engine."""
+    from snowskin.engines.daemon import EngineSettings
+
+    @dataclass(frozen=True, kw_only=True)
+    class DecodeSettings(EngineSettings):
+        role: Literal["decode"] = setting("decode", help="Said by the command already.")
+
+    return DecodeSettings
 
 
 def role_command(
@@ -40,11 +80,11 @@ def role_command(
 
 def node() -> click.Command:
     """`snowskin node`."""
-    from snowskin.kvstore.node.daemon import NodeSettings, serve_node
+    from snowskin.kvstore.node.daemon import serve_node
 
     return role_command(
         "node",
-        NodeSettings,
+        node_settings(),
         serve_node,
         help="""A store node: this host's pools of KV blocks, behind gRPC and a Unix socket.
 
@@ -57,11 +97,11 @@ def node() -> click.Command:
 
 def conductor() -> click.Command:
     """`snowskin conductor`."""
-    from snowskin.engines.conductor.daemon import ConductorSettings, serve_conductor
+    from snowskin.engines.conductor.daemon import serve_conductor
 
     return role_command(
         "conductor",
-        ConductorSettings,
+        conductor_settings(),
         serve_conductor,
         help="""The conductor: places every request; OpenAI-compatible HTTP and gRPC.
 
@@ -83,25 +123,17 @@ Example:
 
 def prefill() -> click.Command:
     """`snowskin prefill`."""
-    from snowskin.engines.daemon import EngineSettings, serve_engine
-
-    @dataclass(frozen=True, kw_only=True)
-    class PrefillSettings(EngineSettings):
-        role: Literal["prefill"] = setting("prefill", help="Said by the command already.")
+    from snowskin.engines.daemon import serve_engine
 
     what = "A prefill engine: computes prompts and publishes their KV blocks."
     help_text = _ENGINE_HELP.format(what=what, role="prefill")
-    return role_command("prefill", PrefillSettings, serve_engine, help=help_text)
+    return role_command("prefill", prefill_settings(), serve_engine, help=help_text)
 
 
 def decode() -> click.Command:
     """`snowskin decode`."""
-    from snowskin.engines.daemon import EngineSettings, serve_engine
-
-    @dataclass(frozen=True, kw_only=True)
-    class DecodeSettings(EngineSettings):
-        role: Literal["decode"] = setting("decode", help="Said by the command already.")
+    from snowskin.engines.daemon import serve_engine
 
     what = "A decode engine: pulls KV blocks and generates."
     help_text = _ENGINE_HELP.format(what=what, role="decode")
-    return role_command("decode", DecodeSettings, serve_engine, help=help_text)
+    return role_command("decode", decode_settings(), serve_engine, help=help_text)

@@ -12,6 +12,7 @@ from snowskin.tools.kvctl.match import match
 from snowskin.tools.kvctl.nodes import nodes
 from snowskin.tools.kvctl.output import KvctlSettings
 from snowskin.tools.kvctl.status import status
+from snowskin.tools.version import version_option
 
 EPILOG = """
 Exit status: 0 answered, 1 the conductor is unreachable or failed, 2 usage.
@@ -25,7 +26,7 @@ Examples:
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="snowskin", prog_name="kvctl")
+@version_option("kvctl")
 @options(KvctlSettings, table="kvctl")
 @click.pass_context
 def cli(ctx: click.Context, settings: KvctlSettings) -> None:
