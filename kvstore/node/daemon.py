@@ -14,20 +14,23 @@ from snowskin.kvstore.clock import SystemClock
 from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.eviction.registry import make_eviction
+from snowskin.kvstore.metrics import Metrics
 from snowskin.kvstore.node.door import LocalDoor
 from snowskin.kvstore.node.limits import NodeLimits
+from snowskin.kvstore.node.metrics import NodeMetrics
 from snowskin.kvstore.node.service import StoreService
 from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
 from snowskin.kvstore.node.watching import WatchLimits
 from snowskin.kvstore.pool.arena import Arena
 from snowskin.kvstore.pool.pool import Pool
-from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
+from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.session import DEFAULT_TENANT
 from snowskin.kvstore.telemetry import HealthServer, get_logger
 from snowskin.v1 import store_pb2_grpc
 
+ROLE = "node"
 DRAIN_LOOK_S = 0.02
 
 log = get_logger(__name__)
@@ -107,7 +110,11 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
         shell = make_shell(settings)
         stack.callback(shell.close)
         path = Path(settings.door) if settings.door else _private_path(stack)
-        door = LocalDoor(shell, path)
+        metrics = Metrics(ROLE)
+        tracer = stack.enter_context(
+            tracer_of(settings, role=ROLE, instance_id=shell.state.node_id)
+        )
+        door = LocalDoor(shell, path, tracer=tracer)
         door.open()
         stack.callback(door.close)
         service = StoreService(shell, settings.watch_limits())
@@ -118,20 +125,29 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
                 host=settings.host,
                 port=settings.port,
                 service_names=["snowskin.v1.Store"],
-                role="node",
+                role=ROLE,
+                metrics=metrics,
+                tracer=tracer,
             )
         )
+        NodeMetrics(metrics, shell.stat, door=door.meter, watchers=service.watchers)
 
         def check() -> tuple[bool, dict[str, object]]:
             state = shell.state
-            return not state.draining, {"role": "node", "id": state.node_id, "door": str(path)}
+            return not state.draining, {"role": ROLE, "id": state.node_id, "door": str(path)}
 
         health = await stack.enter_async_context(
-            HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
+            HealthServer(
+                settings.host,
+                settings.http_port,
+                check=check,
+                metrics=metrics,
+                insecure=settings.insecure,
+            )
         )
         announce_ready(
             settings,
-            role="node",
+            role=ROLE,
             id=shell.state.node_id,
             address=server.address,
             http_address=f"{settings.host}:{health.port}",

@@ -16,6 +16,7 @@ from snowskin.kvstore.messages import (
     Fail,
     Greeting,
     LeaseId,
+    NodeStat,
     PoolGrant,
     ReleaseRequest,
     Reply,
@@ -100,6 +101,11 @@ class NodeShell:
         descriptor = make_descriptor()
         self._boards[session.id] = ReleaseBoard(descriptor)
         return descriptor
+
+    def stat(self) -> NodeStat:
+        """Counts and sizes, what readers left on their boards included."""
+        self._read_boards(self.clock.now_s())
+        return self.state.stat()
 
     def is_idle(self) -> bool:
         """Whether no lease is out."""
