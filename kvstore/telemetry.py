@@ -48,6 +48,8 @@ NEVER_WRITTEN = frozenset(
 CHATTY = ("uvicorn", "grpc", "asyncio", "httpx", "httpcore")
 HEALTH_GRACE_S = 1.0
 BACKLOG = 1024
+DATE_INTERVAL_S = 1.0
+STOP_LOOK_S = 0.005
 
 Logger = structlog.stdlib.BoundLogger
 HealthCheck = Callable[[], tuple[bool, Mapping[str, object]]]
@@ -156,11 +158,17 @@ def bind_request(request_id: str) -> Iterator[None]:
 
 
 class _QuietServer(uvicorn.Server):
-    """uvicorn without signal handlers, and with an event for "accepts connections"."""
+    """uvicorn without signal handlers, which starts and stops by events instead of looking ten times a second."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.accepting = asyncio.Event()
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Stops accepting and lets what is under way finish."""
+        self.should_exit = True
+        self._ending.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -169,6 +177,29 @@ class _QuietServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.accepting.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):  # 0: the tick that renews the Date header, once a second
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DATE_INTERVAL_S):
+                    await self._ending.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        state = self.server_state
+        for connection in list(state.connections):
+            connection.shutdown()  # at once where it is idle, after its answer where it is not
+        try:
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                # There is no event for the last connection; it has none to wait for in most cases.
+                while state.connections or state.tasks:  # noqa: ASYNC110
+                    await asyncio.sleep(STOP_LOOK_S)
+        except TimeoutError:
+            for task in state.tasks:
+                task.cancel()
 
 
 async def listen(host: str, port: int) -> socket.socket:
@@ -239,9 +270,8 @@ async def serve_app(
             serving.result()  # raises what stopped it
         yield bound_port
     finally:
-        server.should_exit = True
+        server.end()
         try:
-            # uvicorn looks at should_exit ten times a second, and takes grace_s at most
             await asyncio.wait([serving], timeout=math.ceil(grace_s) + 1.0)
         finally:
             # Only after a second cancellation, or if uvicorn overruns: no socket stays behind.
