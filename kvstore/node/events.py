@@ -158,13 +158,26 @@ class Subscription:
         index: BlockIndex,
         tenant: str,
         epoch: int,
+        budget_nbytes: int = PAGE_NBYTES,
     ) -> None:
-        """Goes on behind what the subscriber has, or begins anew where that is too old or of another epoch."""
+        """Goes on behind what the subscriber has, or begins anew where that is too old or of another epoch.
+
+        A subscriber whose stream broke before it was in sync has no place to go on from: it asks from nothing.
+
+        Args:
+            request: where the subscriber stands.
+            events: the tenant's.
+            index: where pages are read.
+            tenant: whose blocks.
+            epoch: the node's.
+            budget_nbytes: of one message, about.
+        """
         events.settle()
         self._events = events
         self._index = index
         self._tenant = tenant
         self._epoch = epoch
+        self._budget_nbytes = budget_nbytes
         self._sequence = request.sequence
         self._pages: Iterator[tuple[BlockChange, ...]] | None = None
         self._must_begin = not (
@@ -178,10 +191,10 @@ class Subscription:
         self._events.settle()
         return 0 if self._must_begin else self._events.last_number - self._sequence
 
-    def next_messages(self, budget_nbytes: int = PAGE_NBYTES) -> list[Watched]:
+    def next_messages(self) -> list[Watched]:
         """What the subscriber should hear now, in order; nothing where it knows all.
 
-        At most two messages of about `budget_nbytes` each: changes, and, where they are all, one page of the
+        At most two messages of about the budget: changes, and, where they are all, one page of the
         snapshot behind them, so that a snapshot comes to its end however often something changes.
 
         Raises:
@@ -197,18 +210,15 @@ class Subscription:
                 hint="watch again with what you have, and read faster, or raise watch_ring_nbytes",
             )
         messages = []
-        if changes := self._events.behind(self._sequence, budget_nbytes):
+        if changes := self._events.behind(self._sequence, self._budget_nbytes):
             self._sequence += len(changes)
             messages.append(self._message(changes))
         if self._sequence == self._events.last_number and self._pages is not None:
             page = next(self._pages, None)
             if page is None:
                 self._pages = None
-                if not messages:
-                    messages.append(self._message(()))
-            else:
-                messages.append(self._message(page))
-        if not messages and not self._has_greeted:
+            messages.append(self._message(page or ()))
+        if not (messages or self._has_greeted):
             messages.append(self._message(()))
         self._has_greeted = True
         if messages:
@@ -259,7 +269,7 @@ class Subscription:
         while it changes; whether each is here still is looked up with its page.
         """
         page: list[BlockChange] = []
-        room_nbytes = PAGE_NBYTES
+        room_nbytes = self._budget_nbytes
         for namespace in self._index.namespaces(self._tenant):
             scope = self._index.scope(self._tenant, namespace)
             listed = list(scope.blocks) if scope else []
@@ -272,7 +282,7 @@ class Subscription:
                 start += count
                 if room_nbytes <= 0:
                     yield tuple(page)
-                    page, room_nbytes = [], PAGE_NBYTES
+                    page, room_nbytes = [], self._budget_nbytes
         if page:
             yield tuple(page)
 
