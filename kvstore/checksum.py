@@ -74,6 +74,11 @@ class RunningChecksums:
         self._crc = 0
         self._crcs: list[int] = []
 
+    @property
+    def num_passed(self) -> int:
+        """Blocks that have passed whole."""
+        return len(self._crcs)
+
     def landed(self, offset: int, nbytes: int) -> None:
         """Bytes `offset .. + nbytes` of the buffer passed."""
         buffer, block_nbytes, end = self._buffer, self._block_nbytes, offset + nbytes

@@ -20,17 +20,19 @@ from snowskin.kvstore.client.blocking_connection import (
     BlockingRpcConnection,
 )
 from snowskin.kvstore.client.machine import (
+    AS_THE_CLIENT,
     Call,
     Done,
     FlowSettings,
     Move,
     Published,
+    PullBounds,
     Pulled,
     Step,
     Tell,
 )
-from snowskin.kvstore.client.store import CALL_TIMEOUT_S, DOOR_PREFIX, MOVE_TIMEOUT_S
 from snowskin.kvstore.client.step_spans import facts_of, is_told, name_of
+from snowskin.kvstore.client.store import CALL_TIMEOUT_S, DOOR_PREFIX, MOVE_TIMEOUT_S
 from snowskin.kvstore.errors import (
     ClientClosed,
     ClientForked,
@@ -205,6 +207,7 @@ class BlockingStoreClient:
         local_offsets: Sequence[int],
         wait_blocks: int = 0,
         timeout_s: float = 0.0,
+        bounds: PullBounds = AS_THE_CLIENT,
         request_id: str = "",
     ) -> Pulled:
         """Pulls the longest committed run from the first key on; see `StoreClient.pull`."""
@@ -217,6 +220,7 @@ class BlockingStoreClient:
             local_offsets=local_offsets,
             wait_blocks=wait_blocks,
             timeout_s=timeout_s,
+            bounds=bounds,
         )
         return self._run(flow, request_id)
 
@@ -229,6 +233,7 @@ class BlockingStoreClient:
         local: MemoryRegion,
         local_offset: int,
         timeout_s: float = 0.0,
+        bounds: PullBounds = AS_THE_CLIENT,
         request_id: str = "",
     ) -> Pulled:
         """Pulls a tail, which frees it; see `StoreClient.pull_tail`."""
@@ -240,6 +245,7 @@ class BlockingStoreClient:
             local=local,
             local_offset=local_offset,
             timeout_s=timeout_s,
+            bounds=bounds,
         )
         return self._run(flow, request_id)
 

@@ -25,10 +25,10 @@ from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable
 
     from snowskin.transport.copying import AttachedMemory
-    from snowskin.transport.runs import Run
+    from snowskin.transport.memory import MemoryRegion
 
 # Not more: the C library takes fresh pages for larger buffers, on each call.
 RECV_NBYTES = 64 << 10
@@ -216,11 +216,14 @@ class DoorConnection:
                 )
             try:
                 if step.is_push:
-                    await self._push(step, pool, runs, deadline_s)
+                    copying = self._transport.push_async(
+                        step.local, pool, runs, deadline_s=deadline_s, landed=step.landed
+                    )
                 else:
-                    await self._transport.pull_async(
+                    copying = self._transport.pull_async(
                         pool, step.local, runs, deadline_s=deadline_s, landed=step.landed
                     )
+                await _until_settled(copying, pool.memory if step.is_push else step.local)
             except TransportClosed as error:
                 if self._open:  # then it is the caller's own region that was closed
                     raise
@@ -228,25 +231,6 @@ class DoorConnection:
                     f"the connection to node {self.node_id} ended during a copy",
                     hint="connect again",
                 ) from error
-
-    async def _push(
-        self, step: Move, pool: AttachedMemory, runs: Sequence[Run], deadline_s: float
-    ) -> None:
-        try:
-            await self._transport.push_async(
-                step.local, pool, runs, deadline_s=deadline_s, landed=step.landed
-            )
-        finally:
-            # The caller will say that it writes no more: a piece that is under way must be done first, however
-            # often the caller is cancelled meanwhile.
-            cancelled: asyncio.CancelledError | None = None
-            while pool.memory.quarantined_nbytes and not pool.closed:
-                try:
-                    await asyncio.sleep(SETTLE_LOOK_S)
-                except asyncio.CancelledError as error:
-                    cancelled = error
-            if cancelled is not None:
-                raise cancelled
 
     def _drop(self, future: asyncio.Future[ReplyMessage]) -> None:
         """Its caller was cancelled in the same turn of the loop, after the answer had come."""
@@ -354,6 +338,25 @@ class DoorConnection:
                 f"the connection to node {self.node_id} ended: {reason}", hint="connect again"
             )
             self._resolve(call_id, lost)
+
+
+async def _until_settled(copying: Awaitable[object], target: MemoryRegion) -> None:
+    """Awaits a copy, and then what an interrupted one may still write into `target`.
+
+    Its caller gives the bytes to others: a piece that is under way must be done first, however often the caller is
+    cancelled meanwhile.
+    """
+    try:
+        await copying
+    finally:
+        cancelled: asyncio.CancelledError | None = None
+        while target.quarantined_nbytes and not target.closed:
+            try:
+                await asyncio.sleep(SETTLE_LOOK_S)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
 
 async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[int]]:

@@ -8,11 +8,11 @@ blocking driver cannot differ in what they do, only in how they wait. Whatever e
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from snowskin.kvstore.checksum import RunningChecksums
+from snowskin.kvstore.checksum import CHECKSUM_NBYTES, RunningChecksums
 from snowskin.kvstore.errors import (
     BadRequest,
     ChecksumMismatch,
@@ -239,7 +239,8 @@ class Pulled:
     """What a pull brought: `num_blocks` good blocks, gapless from the first key.
 
     `corrupt_blocks` are indices of blocks whose bytes were not what was committed; the node was told.
-    `first_byte_s` are the seconds from the call until bytes began to land, None where none did.
+    `first_byte_s` are the seconds from the call until bytes began to land, None where none did. `broken_by` is what
+    ended the copy before all had come: what landed before it is good, and counted.
     """
 
     num_blocks: int
@@ -249,7 +250,25 @@ class Pulled:
     wake_reason: WakeReason
     seconds: float
     first_byte_s: float | None
+    broken_by: SnowskinError | None = None
 
+
+@value()
+class PullBounds:
+    """What a pull may take, where it is not as its client's other calls.
+
+    Attributes:
+        lookup_timeout_s: until the node says what it has, beyond the time that the look-up may wait inside it.
+        move_timeout_s: for the copy.
+        on_found: called when the node has said what it has and the copy begins; not called where it has nothing.
+    """
+
+    lookup_timeout_s: float | None = None
+    move_timeout_s: float | None = None
+    on_found: Callable[[], None] | None = None
+
+
+AS_THE_CLIENT = PullBounds()
 
 PublishFlow = Generator[Step, Done, Published]
 PullFlow = Generator[Step, Done, Pulled]
@@ -381,6 +400,7 @@ def pull(
     local_offsets: Sequence[int],
     wait_blocks: int,
     timeout_s: float,
+    bounds: PullBounds = AS_THE_CLIENT,
 ) -> PullFlow:
     """Lease the longest committed run, copy it, verify it, release it."""
     request = MatchRequest(
@@ -402,6 +422,7 @@ def pull(
             block_nbytes,
             local,
             local_offsets,
+            bounds,
         )
     )
 
@@ -415,6 +436,7 @@ def pull_tail(
     local: MemoryRegion,
     local_offset: int,
     timeout_s: float,
+    bounds: PullBounds = AS_THE_CLIENT,
 ) -> PullFlow:
     """The same for a tail; one that is not there raises TailUnknown, one that is corrupt ChecksumMismatch."""
     request = MatchRequest(
@@ -429,7 +451,9 @@ def pull_tail(
         raise BadRequest("a tail without an id", hint="give the request's id")
     name = tail_id.encode()
     names = Names(name, len(name))
-    pulled = yield from _pull(settings, request, namespace, names, nbytes, local, [local_offset])
+    pulled = yield from _pull(
+        settings, request, namespace, names, nbytes, local, [local_offset], bounds
+    )
     if pulled.corrupt_blocks:
         raise ChecksumMismatch(
             f"the tail of request {tail_id!r} is not what was committed", hint="compute it again"
@@ -484,8 +508,10 @@ def _pull(
     block_nbytes: int,
     local: MemoryRegion,
     local_offsets: Sequence[int],
+    bounds: PullBounds,
 ) -> PullFlow:
-    asked = yield Call(request, settings.call_timeout_s + request.timeout_s)
+    lookup_timeout_s = _or(bounds.lookup_timeout_s, settings.call_timeout_s)
+    asked = yield Call(request, lookup_timeout_s + request.timeout_s)
     matched = asked.reply
     assert isinstance(matched, Matched), "the reply to a Match is Matched"
     lease, num_blocks = matched.lease, matched.num_blocks
@@ -499,34 +525,49 @@ def _pull(
             seconds=asked.ended_at_s - asked.began_at_s,
             first_byte_s=None,
         )
+    if bounds.on_found is not None:
+        bounds.on_found()
     wrong: tuple[int, ...] = ()
+    num_good, broken_by, ended_at_s = num_blocks, None, asked.ended_at_s
     try:
         moves = _transfer_runs(matched.runs, block_nbytes, local_offsets)
         if num_blocks != sum(run.num_blocks for run in matched.runs) or not matched.checksums:
             raise ProtocolViolation(f"the node's runs or checksums are not of {num_blocks} blocks")
-        sums = None
-        if settings.verify:
-            sums = RunningChecksums(local.buffer, block_nbytes)
-        moved = yield Move(
-            False, lease, moves, local, sums.landed if sums else None, settings.move_timeout_s
-        )
+        sums = RunningChecksums(local.buffer, block_nbytes) if settings.verify else None
+        move_timeout_s = _or(bounds.move_timeout_s, settings.move_timeout_s)
+        landed = sums.landed if sums else None
+        try:
+            moved = yield Move(False, lease, moves, local, landed, move_timeout_s)
+            ended_at_s = moved.ended_at_s
+        except SnowskinError as error:
+            if sums is None or not sums.num_passed:
+                raise
+            num_good, broken_by = sums.num_passed, error
         if sums is not None:
-            packed = names.packed[: num_blocks * names.width]
-            wrong = tuple(sums.mismatches(namespace, packed, names.width, matched.checksums[0]))
-        elif moved.ended_at_s > asked.began_at_s + lease.ttl_s:
+            packed = names.packed[: num_good * names.width]
+            expected = matched.checksums[0][: num_good * CHECKSUM_NBYTES]
+            wrong = tuple(sums.mismatches(namespace, packed, names.width, expected))
+        elif ended_at_s > asked.began_at_s + lease.ttl_s:
             raise LeaseExpired("the read lease ran out during the copy", hint="pull again")
     finally:
         complaints = (Complaint(lease_id=lease.id, block_indices=wrong),) if wrong else ()
-        yield Tell(ReleaseRequest(lease_ids=(lease.id,), complaints=complaints), lease)
+        released = yield Tell(ReleaseRequest(lease_ids=(lease.id,), complaints=complaints), lease)
+    if broken_by is not None:
+        ended_at_s = released.ended_at_s
     return Pulled(
-        num_blocks=wrong[0] if wrong else num_blocks,
-        nbytes=num_blocks * block_nbytes,
+        num_blocks=wrong[0] if wrong else num_good,
+        nbytes=num_good * block_nbytes,
         num_extents=len(matched.runs),
         corrupt_blocks=wrong,
         wake_reason=matched.wake_reason,
-        seconds=moved.ended_at_s - asked.began_at_s,
+        seconds=ended_at_s - asked.began_at_s,
         first_byte_s=asked.ended_at_s - asked.began_at_s,
+        broken_by=broken_by,
     )
+
+
+def _or(seconds: float | None, default_s: float) -> float:
+    return default_s if seconds is None else seconds
 
 
 def _transfer_runs(

@@ -21,11 +21,13 @@ from snowskin.kvstore.call_spans import name_of_call
 from snowskin.kvstore.client import machine
 from snowskin.kvstore.client.door_connection import DoorConnection
 from snowskin.kvstore.client.machine import (
+    AS_THE_CLIENT,
     Call,
     Done,
     FlowSettings,
     Move,
     Published,
+    PullBounds,
     Pulled,
     Step,
     Tell,
@@ -87,7 +89,7 @@ class Connection(Protocol):
         """A call whose answer nobody needs."""
 
     async def move(self, step: Move, *, request_id: str) -> None:
-        """Copies bytes under a lease; when it returns or raises, no store of it can land any more."""
+        """Copies bytes under a lease; when it returns or raises, cancelled or not, nothing of it lands any more."""
 
     async def close(self) -> None:
         """Ends it; idempotent."""
@@ -244,15 +246,18 @@ class StoreClient:
         local_offsets: Sequence[int],
         wait_blocks: int = 0,
         timeout_s: float = 0.0,
+        bounds: PullBounds = AS_THE_CLIENT,
         request_id: str = "",
     ) -> Pulled:
         """Pulls the longest committed run from the first key on; at most one block for each local offset.
 
         Waits up to `timeout_s` for at least `wait_blocks` blocks. A corrupt block is reported to the node and ends
-        the run; it is not an error.
+        the run; it is not an error. A copy that breaks off brings what landed before (`Pulled.broken_by`).
+        `bounds` says what look-up and copy may take where that is not the client's usual.
 
         Raises:
-            NodeUnavailable: the connection broke; nothing that landed may be used.
+            NodeUnavailable: the connection broke; nothing landed.
+            DeadlineExceeded: the node did not answer in time.
         """
         flow = machine.pull(
             self._settings,
@@ -263,6 +268,7 @@ class StoreClient:
             local_offsets=local_offsets,
             wait_blocks=wait_blocks,
             timeout_s=timeout_s,
+            bounds=bounds,
         )
         return await self._run(flow, request_id)
 
@@ -275,6 +281,7 @@ class StoreClient:
         local: MemoryRegion,
         local_offset: int,
         timeout_s: float = 0.0,
+        bounds: PullBounds = AS_THE_CLIENT,
         request_id: str = "",
     ) -> Pulled:
         """Pulls a tail, which frees it.
@@ -291,6 +298,7 @@ class StoreClient:
             local=local,
             local_offset=local_offset,
             timeout_s=timeout_s,
+            bounds=bounds,
         )
         return await self._run(flow, request_id)
 

@@ -36,6 +36,7 @@ class Stage:
         self.fail_at: int | None = None
         self.fail_with: BaseException = NodeUnavailable("cut")
         self.is_carried_out_first = False
+        self.cut_after_pieces: int | None = None
         self.before_move: Callable[[], None] = lambda: None
 
     def run(self, flow: Generator[Any, Done, Any]) -> Any:
@@ -72,19 +73,22 @@ class Stage:
         return None
 
     def copy(self, step: Move) -> None:
+        num_pieces = 0
         for pool_id, runs in step.runs:
             assert pool_id == 0
             for remote, local, nbytes in runs:
-                here = step.local.buffer[local : local + nbytes]
-                there = self.pool[remote : remote + nbytes]
-                if step.is_push:
-                    there[:] = here
-                else:
-                    here[:] = there
-                if step.landed is not None:
-                    half = nbytes // 2
-                    step.landed(local, half)
-                    step.landed(local + half, nbytes - half)
+                for start, length in ((0, nbytes // 2), (nbytes // 2, nbytes - nbytes // 2)):
+                    if num_pieces == self.cut_after_pieces:
+                        raise self.fail_with
+                    num_pieces += 1
+                    here = step.local.buffer[local + start : local + start + length]
+                    there = self.pool[remote + start : remote + start + length]
+                    if step.is_push:
+                        there[:] = here
+                    else:
+                        here[:] = there
+                    if step.landed is not None:
+                        step.landed(local + start, length)
 
     def publish(self, names: str, **changes: Any) -> Any:
         first = changes.pop("first", 0)
