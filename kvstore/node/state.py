@@ -41,8 +41,8 @@ from snowskin.kvstore.messages import (
     SessionId,
     StatRequest,
 )
-from snowskin.kvstore.node.events import Subscription
-from snowskin.kvstore.node.limits import NodeLimits
+from snowskin.kvstore.node.events import PAGE_NBYTES, Subscription
+from snowskin.kvstore.node.limits import MIN_RETRY_S, NodeLimits
 from snowskin.kvstore.node.reading import Reading
 from snowskin.kvstore.node.residence import Residence
 from snowskin.kvstore.node.validation import check_request
@@ -52,13 +52,11 @@ from snowskin.kvstore.session import DEFAULT_TENANT, Session, SessionTable
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from snowskin.kvstore.eviction.api import EvictionPolicy
     from snowskin.kvstore.index.block_index import BlockEntry, BlockId, PlacedSegment
     from snowskin.kvstore.messages import WatchRequest
-
-MIN_RETRY_S = 0.05
 
 
 class NodeState:
@@ -108,7 +106,12 @@ class NodeState:
             self.limits,
             node_epoch=epoch,
             next_lease_id=self._next_lease_id,
+            writes=self._writing.leases,
         )
+
+    def settle_leases_by(self, settle: Callable[[float], None]) -> None:
+        """Has `settle(now_s)` called before a cap on leases is applied: it may say what was released meanwhile."""
+        self._reading.shares.settle = settle
 
     # --- sessions
 
@@ -260,7 +263,13 @@ class NodeState:
 
     # --- for those who watch
 
-    def watch(self, request: WatchRequest, *, tenant: str = DEFAULT_TENANT) -> Subscription:
+    def watch(
+        self,
+        request: WatchRequest,
+        *,
+        tenant: str = DEFAULT_TENANT,
+        budget_nbytes: int = PAGE_NBYTES,
+    ) -> Subscription:
         """Where a new subscriber stands; NodeDraining where its blocks can be matched no more."""
         if self.draining:
             raise self._is_draining()
@@ -270,6 +279,7 @@ class NodeState:
             index=self.residence.index,
             tenant=tenant,
             epoch=self.epoch,
+            budget_nbytes=budget_nbytes,
         )
 
     # --- seen from outside
