@@ -2,8 +2,8 @@
 
 Rules kept here: torch is imported after its threads are set, and only by a process that computes;
 what cannot work (model, settings, port) ends the start with one clear error; what may come back
-(node, conductor) never does, but `/healthz` is not ok while it is away. A drain refuses new requests
-and lets running ones finish.
+(node, conductor) never does, but `/healthz` is not ok while it is away. Asked to end while it loads,
+it ends before the next tensor. A drain refuses new requests and lets running ones finish.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ class EngineSettings(RoleSettings):
             )
 
 
+class _LoadAbandoned(Exception):
+    """The process was asked to end while it loaded the model."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Engine:
     """What a started instance is made of; one of `prefill` and `decode` is set."""
@@ -143,7 +147,11 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
     from snowskin.v1 import engine_pb2_grpc
 
     async with AsyncExitStack() as stack:
-        engine = await _open_engine(settings, config, connect, stack)
+        try:
+            engine = await _open_engine(settings, config, connect, stop, stack)
+        except _LoadAbandoned:
+            log.info("model not loaded, asked to end")
+            return
         link = engine.link
         background = await stack.enter_async_context(Background())
         background.start(link.run(), "link")
@@ -199,6 +207,7 @@ async def _open_engine(
     settings: EngineSettings,
     config: ModelConfig,
     connect: Callable[[str], Awaitable[StoreClient]],
+    stop: Stop,
     stack: AsyncExitStack,
 ) -> _Engine:
     """Loads the model and makes the instance; `stack` closes what it opened."""
@@ -210,8 +219,8 @@ async def _open_engine(
     from snowskin.engines.runner import ModelRunner
 
     began_s = time.monotonic()
-    # The loop stays free, so that a signal is heard; the load itself is not broken off.
-    model, memory, revision = await asyncio.to_thread(_load, settings, config)
+    # The loop stays free, so that a signal is heard; the thread looks for it between two tensors.
+    model, memory, revision = await asyncio.to_thread(_load, settings, config, stop)
     layout = Layout(
         model=settings.model_name or _directory_name(settings.model),
         weights_revision=revision,
@@ -267,8 +276,16 @@ async def _open_engine(
     return engine
 
 
-def _load(settings: EngineSettings, config: ModelConfig) -> tuple[LlamaModel, KvMemory, str]:
+def _load(
+    settings: EngineSettings, config: ModelConfig, stop: Stop
+) -> tuple[LlamaModel, KvMemory, str]:
     """The model, KV memory of the wished size, and the hex name of the weights."""
+
+    def go_on() -> None:
+        if stop.is_set():
+            raise _LoadAbandoned
+
+    go_on()
     import torch
 
     from snowskin.engines.model.kv_memory import KvMemory
@@ -285,7 +302,8 @@ def _load(settings: EngineSettings, config: ModelConfig) -> tuple[LlamaModel, Kv
             f"of {block_nbytes} bytes, less than one chunk of {settings.chunk_tokens} tokens",
             hint="raise kv_memory_nbytes, or lower chunk_tokens",
         )
-    model = load_model(settings.model, dtype, settings.device)
+    model = load_model(settings.model, dtype, settings.device, before_each=go_on)
+    go_on()
     try:
         memory = KvMemory(config, num_blocks, settings.block_size, dtype, settings.device)
     except RuntimeError as error:  # torch's word for no memory
@@ -294,7 +312,10 @@ def _load(settings: EngineSettings, config: ModelConfig) -> tuple[LlamaModel, Kv
             "gives",
             hint="lower kv_memory_nbytes",
         ) from error
-    revision = settings.weights_revision or fingerprint(settings.model).hex()
+    revision = settings.weights_revision
+    if not revision:
+        revision = fingerprint(settings.model, before_each=go_on).hex()
+    go_on()  # the warm-up comes next
     return model, memory, revision
 
 

@@ -41,7 +41,7 @@ from snowskin.engines.model.layers import (
 from snowskin.engines.model.weights import LayerWeights, ModelWeights, load_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from snowskin.engines.model.kv_memory import KvMemory
@@ -286,8 +286,10 @@ def load_model(
     directory: Path | str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    *,
+    before_each: Callable[[], None] = lambda: None,
 ) -> LlamaModel:
-    """Loads the Hugging Face model in `directory`.
+    """Loads the Hugging Face model in `directory`; `before_each` tensor may raise, and so end it.
 
     Raises:
         ModelMissing: the directory, or a file that it needs, is not there.
@@ -295,5 +297,5 @@ def load_model(
         ModelUnsupported: the model needs what this decoder does not compute.
     """
     config = ModelConfig.from_directory(directory)
-    weights = load_weights(directory, config, dtype, device)
+    weights = load_weights(directory, config, dtype, device, before_each=before_each)
     return LlamaModel(config, weights, dtype, device)

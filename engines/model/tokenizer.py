@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -25,10 +27,24 @@ from snowskin.engines.model.config import Json, ModelConfig, read_json
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from jinja2.parser import Parser
+
 # What a decoder writes for bytes that are not (yet) a character.
 REPLACEMENT = "\ufffd"
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: marks answers for training; here it is what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """What stands between the two tags, in a scope of its own."""
+        line = next(parser.stream).lineno  # the tag itself
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 class Tokenizer:
@@ -204,7 +220,9 @@ def _compiled(source: str | None, directory: Path) -> jinja2.Template | None:
     if source is None:
         return None
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _Generation],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

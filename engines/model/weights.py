@@ -27,6 +27,10 @@ from snowskin.engines.model.config import ModelConfig, read_json
 Loader = Callable[[str], torch.Tensor]
 
 
+def _go_on() -> None:
+    """Loading is always wanted."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
     """One decoder layer; matrices are [out, in], as `torch.nn.functional.linear` takes them."""
@@ -58,8 +62,12 @@ def load_weights(
     config: ModelConfig,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    *,
+    before_each: Callable[[], None] = _go_on,
 ) -> ModelWeights:
     """Loads a checkpoint, one file or shards with an index, as `dtype` on `device`.
+
+    `before_each` is called before each tensor; what it raises ends the load.
 
     Raises:
         ModelMissing: no directory, no safetensors file in it, or a shard that the index names is
@@ -73,6 +81,7 @@ def load_weights(
     _check_tensors(file_of, files, expected_shapes(config), tied=config.tie_word_embeddings)
 
     def load(name: str) -> torch.Tensor:
+        before_each()
         with _opened(file_of[name]) as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
         return tensor.to(device=device, dtype=dtype)
@@ -116,11 +125,11 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def fingerprint(directory: Path | str) -> bytes:
+def fingerprint(directory: Path | str, *, before_each: Callable[[], None] = _go_on) -> bytes:
     """SHA-256 over `config.json` and the whole contents of the weight files: 32 bytes.
 
     Files enter in sorted order, each as name and contents, both prefixed by their length (8 bytes,
-    little-endian).
+    little-endian). `before_each` is called before each piece of 4 MiB; what it raises ends it.
 
     Raises:
         ModelMissing: a file is not there.
@@ -134,6 +143,7 @@ def fingerprint(directory: Path | str) -> bytes:
         digest.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
             while piece := file.read(1 << 22):
+                before_each()
                 digest.update(piece)
     return digest.digest()
 

@@ -18,6 +18,7 @@ from snowskin.engines.errors import (
     ModelMissing,
     PromptTooLong,
 )
+from snowskin.engines.model import weights
 from snowskin.engines.model.sampler import SamplingParams
 from snowskin.kvstore.blocks import block_hashes
 from snowskin.kvstore.errors import (
@@ -381,7 +382,13 @@ async def test_a_stop_during_the_start_ends_it_before_anything_is_promised(tmp_p
     announced = []
     monkeypatch.setattr(daemon, "announce_ready", lambda *_, **facts: announced.append(facts))
     conductor, stop = FakeConductor(), Stop()
-    stop.set("test")
+    warm_up = daemon._warm_up
+
+    async def warm_up_and_stop(*arguments):
+        await warm_up(*arguments)
+        stop.set("test")
+
+    monkeypatch.setattr(daemon, "_warm_up", warm_up_and_stop)
     async with serving_conductor(conductor) as server, asyncio.timeout(20):
         settings = EngineSettings(
             model=str(model_directory()), node=f"unix:{tmp_path}/none", threads=1,
@@ -391,3 +398,42 @@ async def test_a_stop_during_the_start_ends_it_before_anything_is_promised(tmp_p
         await serve_engine(settings, stop)
     assert not announced
     assert not conductor.registered
+
+
+class OneTensorAtATime:
+    """Opens files of weights; when the third tensor is read somebody asks the process to end."""
+
+    def __init__(self, opened, stop):
+        self._opened, self._stop = opened, stop
+        self.num_loaded = 0
+
+    def __call__(self, path):
+        self._file = self._opened(path)
+        return self
+
+    def __enter__(self):
+        self._tensors = self._file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._file.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self._tensors, name)
+
+    def get_tensor(self, name):
+        self.num_loaded += 1
+        if self.num_loaded == 3:
+            self._stop.set("SIGTERM")
+        return self._tensors.get_tensor(name)
+
+
+async def test_a_stop_while_the_model_loads_ends_the_load_at_the_next_tensor(tmp_path, monkeypatch):
+    stop = Stop()
+    opened = OneTensorAtATime(weights._opened, stop)
+    monkeypatch.setattr(weights, "_opened", opened)
+    node = f"unix:{tmp_path}/nobody"
+    settings = EngineSettings(model=str(model_directory()), node=node, threads=1)
+    async with asyncio.timeout(10):
+        await serve_engine(settings, stop)
+    assert opened.num_loaded == 3

@@ -152,6 +152,29 @@ def test_templates_are_rendered_as_hugging_face_does(directory):
 @pytest.mark.parametrize(
     "template",
     [
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+        "{% endgeneration %}{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}\n  {%- generation -%}\n  {{ loop.index }}{{ m.content | trim }}\n"
+        "  {%- endgeneration %}\n{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    ],
+)
+def test_templates_that_mark_answers_for_training_render_as_hugging_face_does(directory, template):
+    chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    turns = messages(("user", "a "), ("assistant", " b"), ("user", "c"))
+    (expected,), _ = chat_template_utils.render_jinja_template([turns], chat_template=template)
+    assert with_template(directory, template).render_chat(turns) == expected
+    assert "b" in expected or "x" in template
+
+
+def test_a_mark_for_training_without_its_end_is_a_broken_template(directory):
+    with pytest.raises(ModelCorrupt, match="does not compile"):
+        with_template(directory, "{% generation %}{{ messages }}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -156,3 +156,19 @@ def test_the_fingerprint_is_the_same_for_a_copy(directory, tmp_path):
         tmp_path / "copy", layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64
     )
     assert fingerprint(copy) == fingerprint(directory)
+
+
+def test_loading_and_naming_end_at_once_where_they_are_not_wanted_any_more(directory):
+    class Unwanted(Exception):
+        pass
+
+    steps = iter([None, None])
+
+    def before_each():
+        if next(steps, Unwanted) is Unwanted:
+            raise Unwanted
+
+    with pytest.raises(Unwanted):
+        load_weights(directory, ModelConfig.from_directory(directory), before_each=before_each)
+    with pytest.raises(Unwanted):
+        fingerprint(directory, before_each=before_each)
