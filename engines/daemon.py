@@ -27,7 +27,8 @@ from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.config import format_nbytes, setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.layout import Layout
-from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
+from snowskin.kvstore.metrics import Metrics
+from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.telemetry import HealthServer, get_logger
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from snowskin.engines.decode import DecodeInstance
     from snowskin.engines.limits import EngineLimits
     from snowskin.engines.link import StoreLink
+    from snowskin.engines.metrics import EngineMetrics
     from snowskin.engines.model.kv_memory import KvMemory
     from snowskin.engines.model.llama import LlamaModel
     from snowskin.engines.prefill import PrefillInstance
@@ -147,6 +149,9 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
     from snowskin.v1 import engine_pb2_grpc
 
     async with AsyncExitStack() as stack:
+        tracer = stack.enter_context(
+            tracer_of(settings, role=settings.role, instance_id=instance_id)
+        )
         try:
             engine = await _open_engine(settings, config, connect, stop, stack)
         except _LoadAbandoned:
@@ -157,11 +162,15 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
         background.start(link.run(), "link")
         if engine.decode is not None:
             background.start(engine.decode.run(), "batch")
+        metrics = Metrics(settings.role)
+        counts = _counts(engine, metrics)
+        engine.runner.on_step = counts.step_s.observe
         service = EngineService(
             instance_id,
             prefill=engine.prefill,
             decode=engine.decode,
             is_node_connected=lambda: link.connected,
+            on_finished=counts.finished,
         )
         stack.push_async_callback(service.close)
         server = await stack.enter_async_context(
@@ -171,6 +180,8 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
                 port=settings.port,
                 service_names=[SERVICE_NAME],
                 role=settings.role,
+                metrics=metrics,
+                tracer=tracer,
             )
         )
 
@@ -184,7 +195,13 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
             return is_whole and not engine.instance.draining, facts
 
         health = await stack.enter_async_context(
-            HealthServer(settings.host, settings.http_port, check=check, insecure=settings.insecure)
+            HealthServer(
+                settings.host,
+                settings.http_port,
+                check=check,
+                metrics=metrics,
+                insecure=settings.insecure,
+            )
         )
         await _wait_for_node(link, settings.node, stop)
         if stop.is_set():  # asked to end while it started: nothing was promised to anyone yet
@@ -317,6 +334,15 @@ def _load(
         revision = fingerprint(settings.model, before_each=go_on).hex()
     go_on()  # the warm-up comes next
     return model, memory, revision
+
+
+def _counts(engine: _Engine, metrics: Metrics) -> EngineMetrics:
+    from snowskin.engines.metrics import DecodeMetrics, PrefillMetrics
+
+    if engine.prefill is not None:
+        return PrefillMetrics(metrics, engine.prefill, engine.link)
+    assert engine.decode is not None, "an engine has one role"
+    return DecodeMetrics(metrics, engine.decode, engine.link)
 
 
 async def _warm_up(engine: _Engine, max_tokens: int) -> None:

@@ -21,7 +21,7 @@ from snowskin.engines.errors import LogitsNotFinite
 from snowskin.engines.model.sampler import SampledToken, SamplingParams, sample
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     import torch
@@ -52,6 +52,7 @@ class ModelRunner:
     def __init__(self, model: LlamaModel, memory: KvMemory) -> None:
         """Starts no thread before the first step."""
         self.memory = memory
+        self.on_step: Callable[[float], None] | None = None  # is told each step's seconds
         self._model = model
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snowskin-compute")
         self._num_uncounted = 0
@@ -64,7 +65,10 @@ class ModelRunner:
     async def step(self, spans: Sequence[Span], draws: Sequence[Draw | None]) -> Step:
         """Computes one batch; `draws[i]` says whether and how to sample behind span i."""
         loop = asyncio.get_running_loop()
-        return await outlast(loop.run_in_executor(self._thread, self._step, spans, draws))
+        step = await outlast(loop.run_in_executor(self._thread, self._step, spans, draws))
+        if self.on_step is not None:
+            self.on_step(step.seconds)
+        return step
 
     async def warm_up(self, num_tokens: int) -> float:
         """Computes `num_tokens` made-up tokens twice, uncounted; seconds of the second time."""

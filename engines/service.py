@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from snowskin.engines.decode import DecodeInstance, Emit
+    from snowskin.engines.messages import DecodeStats, PrefillStats
     from snowskin.engines.prefill import PrefillInstance
 
 SERVICE_NAME = "snowskin.v1.Engine"
@@ -118,13 +119,15 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         prefill: PrefillInstance | None = None,
         decode: DecodeInstance | None = None,
         is_node_connected: Callable[[], bool],
+        on_finished: Callable[[PrefillStats | DecodeStats], None] | None = None,
     ) -> None:
-        """Exactly one of `prefill` and `decode`."""
+        """Exactly one of `prefill` and `decode`; `on_finished` is told what a request cost."""
         assert (prefill is None) != (decode is None), "an instance has one role"
         self._instance_id = instance_id
         self._prefill = prefill
         self._decode = decode
         self._is_node_connected = is_node_connected
+        self._on_finished = on_finished
         self._decodes: set[asyncio.Task[None]] = set()
 
     async def Prefill(  # noqa: N802  named by the wire
@@ -141,6 +144,9 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             )
         )
         response = await _within(work, request.timeout_ms / 1000 or DEFAULT_TIMEOUT_S)
+        log.info("prompt computed", **_facts(response.stats))
+        if self._on_finished is not None:
+            self._on_finished(response.stats)
         return engine_pb2.PrefillResponse(
             handoff=engine_pb2.Handoff(**asdict(response.handoff)),
             stats=engine_pb2.PrefillStats(**asdict(response.stats)),
@@ -164,6 +170,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         context.add_done_callback(lambda _context: work.cancel())
         try:
             while (output := await outputs.get()) is not None:
+                if output.stats is not None:
+                    self._note_decoded(output.stats, output.finish_reason)
                 yield _output_to(output)
             await work  # raises what went wrong
         finally:
@@ -190,6 +198,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             work.cancel()
         if works:
             await outlast(asyncio.wait(works))
+
+    def _note_decoded(self, stats: DecodeStats, finish_reason: str) -> None:
+        log.info("answer finished", finish_reason=finish_reason, **_facts(stats))
+        if self._on_finished is not None:
+            self._on_finished(stats)
 
     @property
     def _role(self) -> str:
@@ -224,6 +237,11 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await outlast(asyncio.wait([reading]))
             handoff.cancel()
             outputs.put_nowait(None)
+
+
+def _facts(stats: PrefillStats | DecodeStats) -> dict[str, int | float]:
+    """What a request cost, for its log line."""
+    return {name: round(fact, 4) for name, fact in asdict(stats).items()}
 
 
 async def _within(work: Awaitable[T], timeout_s: float) -> T:
