@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snowskin.engines.conductor.admission import AdmissionLimits
+from snowskin.engines.conductor.directory import SILENCE_S, Directory
 from snowskin.engines.conductor.engine_client import EngineClients
 from snowskin.engines.conductor.http import HttpFront
 from snowskin.engines.conductor.intake import ServedModel
@@ -33,6 +34,7 @@ from snowskin.engines.conductor.state import ConductorState
 from snowskin.engines.model.config import ModelConfig
 from snowskin.engines.model.tokenizer import Tokenizer
 from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.client.watch import watch
 from snowskin.kvstore.clock import SystemClock
 from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting
@@ -71,6 +73,9 @@ class ConductorSettings(RoleSettings):
     request_timeout_s: float = setting(300.0, help="Seconds that one request may take.")
     max_retries: int = setting(2, help="Retries of prefill, and of decode, when one is lost.")
     probe_timeout_s: float = setting(0.05, help="Seconds to wait for nodes' hits.")
+    watch_silence_s: float = setting(
+        SILENCE_S, help="Seconds without news from a node, after which it is asked instead."
+    )
     report_interval_s: float = setting(0.5, help="Seconds between two reports of an instance.")
 
     def __post_init__(self) -> None:
@@ -87,7 +92,10 @@ class ConductorSettings(RoleSettings):
         for name in ("max_requests", "default_max_tokens"):
             if getattr(self, name) < 1:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="use at least 1")
-        for name in ("request_timeout_s", "report_interval_s", "max_ttft_s"):
+        for name in (
+            *("request_timeout_s", "report_interval_s", "max_ttft_s"),
+            "watch_silence_s",
+        ):
             if getattr(self, name) <= 0:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds above 0")
         for name in (
@@ -107,6 +115,7 @@ class Conductor:
         self.clock = clock
         self.state = ConductorState(suspect_after_s=MISSED_REPORTS * settings.report_interval_s)
         self.nodes = Nodes(_connect, clock)
+        self.directory = Directory(watch, clock, silence_s=settings.watch_silence_s)
         self.engines = EngineClients()
         self.scheduler = Scheduler(
             self.state,
@@ -119,6 +128,7 @@ class Conductor:
                 ),
             ),
             self.nodes,
+            self.directory,
             clock,
             SchedulerLimits(
                 instance_wait_s=settings.instance_wait_s,
@@ -156,7 +166,9 @@ class Conductor:
             known = {(each.instance_id, each.epoch) for each in instances}
             try:
                 await self.engines.close_all_but(known)
-                await self.nodes.keep_only({each.node_address for each in instances})
+                node_addresses = {each.node_address for each in instances}
+                await self.nodes.keep_only(node_addresses)
+                await self.directory.keep_only(node_addresses)
             except Exception as error:
                 log.error("upkeep failed", error=repr(error), exc_info=error)
 
@@ -164,6 +176,7 @@ class Conductor:
         """Closes all connections."""
         await self.pipeline.close()
         await self.engines.close()
+        await self.directory.close()
         await self.nodes.close()
 
 

@@ -59,12 +59,22 @@ Connect = Callable[[str], Awaitable[NodeClient]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeHit:
-    """What a node holds of a prompt; `error` says why nothing is known of it."""
+    """What a node holds of a prompt; `error` says why nothing is known of it.
+
+    Attributes:
+        num_blocks: gapless from the first on.
+        bitmap: bit i is set where it holds block i.
+    """
 
     address: str
     num_blocks: int = 0
-    num_blocks_present: int = 0
+    bitmap: int = 0
     error: str = ""
+
+    @property
+    def num_blocks_present(self) -> int:
+        """Blocks that it holds at all."""
+        return self.bitmap.bit_count()
 
 
 @dataclass(slots=True)
@@ -166,7 +176,7 @@ class Nodes:
         return NodeHit(
             address=address,
             num_blocks=found.num_blocks,
-            num_blocks_present=int.from_bytes(found.present_bitmap, "little").bit_count(),
+            bitmap=int.from_bytes(found.present_bitmap, "little"),
         )
 
     async def _asked(self, address: str, answer: Awaitable[_AnswerT]) -> _AnswerT:

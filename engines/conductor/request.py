@@ -1,18 +1,16 @@
 """What a policy decides about and what it answers: a request, a placement, a refusal.
 
 Rules kept here: frozen values without behaviour beyond arithmetic; no clock, no I/O. A request
-reaches a policy after its prompt was tokenised and its cached blocks were asked for; what could not
-be learnt in time is simply not in `cached_blocks`.
+reaches a policy after its prompt was tokenised and its cached blocks were looked up; what could not
+be learnt in time is simply not in `presence`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from snowskin.kvstore.directory.presence import PlannedPull, Presence
 
 
 class Stage(StrEnum):
@@ -44,7 +42,7 @@ class Request:
     Attributes:
         num_tokens: tokens of the prompt (on a replay: with what was generated before).
         max_tokens: tokens still to generate at most.
-        cached_blocks: node address -> blocks of the prompt there, gapless from the first on.
+        presence: which blocks of the prompt are on which nodes.
         excluded: instances that have failed this request already.
     """
 
@@ -52,7 +50,7 @@ class Request:
     shape: CacheShape
     num_tokens: int
     max_tokens: int
-    cached_blocks: Mapping[str, int] = field(default_factory=dict)
+    presence: Presence = field(default_factory=Presence)
     excluded: frozenset[str] = frozenset()
 
     @property
@@ -85,10 +83,11 @@ class Placement:
     """One stage of a request on one instance.
 
     Attributes:
-        num_cached_blocks: blocks that the placement counts on finding at the instance's node.
+        num_cached_blocks: blocks that the placement counts on pulling, from whatever nodes.
         num_new_tokens: prompt tokens that the instance is expected to compute.
         num_kv_blocks: blocks of KV memory that it is expected to hold.
         estimate: for prefill; None for decode, which does not delay the first token.
+        pulls: what to pull from whom, in order.
     """
 
     stage: Stage
@@ -97,6 +96,12 @@ class Placement:
     num_new_tokens: int = 0
     num_kv_blocks: int = 0
     estimate: Estimate | None = None
+    pulls: tuple[PlannedPull, ...] = ()
+
+    @property
+    def node_addresses(self) -> tuple[str, ...]:
+        """The nodes of the pulls, in the order in which they are needed first."""
+        return tuple(dict.fromkeys(pull.address for pull in self.pulls))
 
 
 class RefusalReason(StrEnum):

@@ -254,13 +254,19 @@ class Run:
                         placed.instance,
                         request_id=attempt.id,
                         log_id=self.job.request_id,
-                        prompt=attempt.prepared.prompt,
+                        prompt=replace(
+                            attempt.prepared.prompt,
+                            node_addresses=placed.placement.node_addresses,
+                        ),
                         sampling=attempt.sampling,
                         timeout_s=self._left_s(),
                     )
                 except SnowskinError as error:
                     excluded = self._elsewhere(request, placed, error, excluded)
                     continue
+            self._scheduler.on_prefilled(
+                attempt.prepared, placed.placement, response.stats.num_cached_tokens
+            )
             await self._on_prefilled(response)
             return response.handoff
 
@@ -278,12 +284,13 @@ class Run:
     # --- decode
 
     async def _decode(self, attempt: _Attempt, prefill: asyncio.Task[Handoff]) -> str:
-        request, prompt = attempt.prepared.request, attempt.prepared.prompt
-        nodes = dict.fromkeys((await attempt.node, *prompt.node_addresses))
-        prompt, excluded = replace(prompt, node_addresses=tuple(nodes)), frozenset[str]()
+        request, excluded = attempt.prepared.request, frozenset[str]()
+        writer = await attempt.node
         while True:
             async with self._scheduler.placed(request, Stage.DECODE, excluded) as placed:
                 self.report.decode_instance_id = placed.instance.instance_id
+                nodes = dict.fromkeys((writer, *placed.placement.node_addresses))
+                prompt = replace(attempt.prepared.prompt, node_addresses=tuple(nodes))
                 try:
                     async with self._engines.decode(
                         placed.instance, log_id=self.job.request_id, timeout_s=self._left_s()

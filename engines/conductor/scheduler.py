@@ -1,5 +1,8 @@
 """Between pure decisions and the world: prepares a prompt, asks the policy, waits for instances.
 
+What of a prompt is cached where is looked up in the directory; nodes that it does not speak of are
+asked, within a small budget.
+
 Rules kept here: a decision is made on a view taken in the same step of the loop, and what it places
 is counted before anyone else decides; block keys are computed once per request and cache shape, off
 the loop where the prompt is long; a missing instance is waited for (`instance_wait_s`: it may be
@@ -25,15 +28,20 @@ from snowskin.engines.conductor.request import (
 )
 from snowskin.engines.messages import CachePolicy, Prompt
 from snowskin.kvstore.blocks import KeyColumn, block_hashes
+from snowskin.kvstore.directory.presence import Presence, num_leading_ones
+from snowskin.kvstore.telemetry import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from snowskin.engines.conductor.directory import Directory
     from snowskin.engines.conductor.nodes import NodeHit, Nodes
     from snowskin.engines.conductor.policies.api import Policy
     from snowskin.engines.conductor.state import ConductorState
     from snowskin.engines.conductor.view import ClusterView, InstanceView
     from snowskin.kvstore.clock import Clock
+
+log = get_logger(__name__)
 
 OFF_LOOP_TOKENS = 2_000  # hashing so many takes about a millisecond
 
@@ -80,6 +88,7 @@ class Scheduler:
         state: ConductorState,
         policy: Policy,
         nodes: Nodes,
+        directory: Directory,
         clock: Clock,
         limits: SchedulerLimits | None = None,
     ) -> None:
@@ -87,6 +96,7 @@ class Scheduler:
         self.state = state
         self.policy = policy
         self.nodes = nodes
+        self.directory = directory
         self.limits = limits or SchedulerLimits()
         self._clock = clock
         self._changed = asyncio.Event()
@@ -156,22 +166,20 @@ class Scheduler:
             max_tokens = max(1, min(default, limit - len(token_ids) if limit else default))
         check_context(len(token_ids), max_tokens, view, shape)
         keys = await self.block_keys(token_ids, shape, salt=None if use_cache else salt)
-        hits = await self.probe(shape, keys) if use_cache else []
-        cached_blocks = {hit.address: hit.num_blocks for hit in hits if hit.num_blocks}
+        presence = await self.locate(shape, keys) if use_cache else Presence()
         return Prepared(
             request=Request(
                 request_id=request_id,
                 shape=shape,
                 num_tokens=len(token_ids),
                 max_tokens=max_tokens,
-                cached_blocks=cached_blocks,
+                presence=presence,
             ),
             prompt=Prompt(
                 token_ids=tuple(token_ids),
                 block_keys=keys,
                 namespace=shape.namespaces[0],
                 cache_policy=CachePolicy.READ_WRITE if use_cache else CachePolicy.OFF,
-                node_addresses=tuple(sorted(cached_blocks)),
             ),
         )
 
@@ -187,17 +195,66 @@ class Scheduler:
             return await asyncio.to_thread(compute)
         return compute()
 
+    async def locate(self, shape: CacheShape, keys: KeyColumn) -> Presence:
+        """Which of `keys` are on which nodes: by the directory, and by asking who is not in it."""
+        wanted = self._node_addresses(shape)
+        asked = [each for each in wanted if not self.directory.is_in_sync(each)]
+        hits = await self._ask(asked, shape, keys) if asked else []
+        # Looked up last, so that no answer that was waited for makes it old.
+        known = self.directory.locate(shape.namespaces, keys).only(wanted)
+        return Presence(
+            bitmaps={hit.address: hit.bitmap for hit in hits if hit.bitmap} | dict(known.bitmaps)
+        )
+
+    def on_prefilled(self, prepared: Prepared, placement: Placement, num_cached_tokens: int) -> int:
+        """Doubts the hints that a prefill did not find so; how many hints that takes back.
+
+        It asks every node of its plan for the next block until none has it. So what all of them
+        are said to have at the place where it began to compute, none of them gave.
+        """
+        shape = prepared.request.shape
+        first = num_cached_tokens // shape.block_size
+        if first >= placement.num_cached_blocks:
+            return 0
+        num_doubted = 0
+        for address in placement.node_addresses:
+            bitmap = prepared.request.presence.bitmaps.get(address, 0) >> first
+            run = prepared.prompt.block_keys[first : first + num_leading_ones(bitmap)]
+            num_doubted += self.directory.doubt(address, shape.namespaces, run)
+        log.info(
+            "planned blocks not found",
+            num_planned=placement.num_cached_blocks,
+            num_found=first,
+            hints_doubted=num_doubted,
+        )
+        return num_doubted
+
     async def probe(
         self, shape: CacheShape, keys: KeyColumn, *, timeout_s: float | None = None
     ) -> list[NodeHit]:
-        """What the nodes of instances with this cache shape hold of `keys`, by address."""
-        addresses = {
-            each.node_address
-            for each in self.view().instances
-            if each.shape == shape and each.node_address
-        }
+        """What the nodes of instances with this cache shape hold of `keys`, each asked now."""
+        return await self._ask(self._node_addresses(shape), shape, keys, timeout_s=timeout_s)
+
+    def _node_addresses(self, shape: CacheShape) -> list[str]:
+        """Of the nodes of instances with this cache shape."""
+        return sorted(
+            {
+                each.node_address
+                for each in self.view().instances
+                if each.shape == shape and each.node_address
+            }
+        )
+
+    async def _ask(
+        self,
+        addresses: list[str],
+        shape: CacheShape,
+        keys: KeyColumn,
+        *,
+        timeout_s: float | None = None,
+    ) -> list[NodeHit]:
         return await self.nodes.probe(
-            sorted(addresses),
+            addresses,
             namespaces=shape.namespaces,
             keys=keys,
             timeout_s=self.limits.probe_timeout_s if timeout_s is None else timeout_s,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from snowskin.engines.conductor.engine_client import prompt_to
@@ -88,7 +89,9 @@ class ConductorService(conductor_pb2_grpc.ConductorServicer):
             transfer_s=estimate.transfer_s,
             queue_s=estimate.queue_s,
             prefill_s=estimate.prefill_s,
-            prompt=prompt_to(prepared.prompt),
+            prompt=prompt_to(
+                replace(prepared.prompt, node_addresses=prefill.placement.node_addresses)
+            ),
         )
 
     async def Register(  # noqa: N802
@@ -100,6 +103,7 @@ class ConductorService(conductor_pb2_grpc.ConductorServicer):
             registration, load_from(request.load), self._clock.now_s()
         )
         self._scheduler.nodes.want(registration.node_address)
+        self._scheduler.directory.want(registration.node_address)
         self._scheduler.wake()
         log.info(
             "instance registered",

@@ -18,6 +18,7 @@ from snowskin.engines.conductor.request import (
     Stage,
 )
 from snowskin.engines.conductor.view import InstanceState
+from snowskin.kvstore.directory.presence import Presence
 from snowskin.kvstore.errors import BadSetting
 from tests.support.clusters import OTHER_SHAPE, SHAPE, instance, load, request, view
 
@@ -61,7 +62,9 @@ requests = st.builds(
     request,
     num_tokens=st.integers(1, 2000),
     max_tokens=st.integers(1, 500),
-    cached_blocks=st.dictionaries(st.sampled_from(NODES), st.integers(0, 200)),
+    presence=st.builds(
+        Presence, bitmaps=st.dictionaries(st.sampled_from(NODES), st.integers(1, 1 << 130))
+    ),
     excluded=st.frozensets(st.sampled_from(["prefill-0", "decode-1", "decode-2"])),
 )
 stages = st.sampled_from(list(Stage))

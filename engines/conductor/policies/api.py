@@ -69,9 +69,19 @@ class Policy(ABC):
     def _placed(self, request: Request, stage: Stage, instance: InstanceView) -> Placement:
         if stage is Stage.DECODE:
             return Placement(
-                stage=stage, instance_id=instance.instance_id, num_kv_blocks=request.num_kv_blocks
+                stage=stage,
+                instance_id=instance.instance_id,
+                num_kv_blocks=request.num_kv_blocks,
+                pulls=tuple(
+                    # Its tail comes from prefill, all full blocks may come from wherever they are.
+                    request.presence.pulls(
+                        own=instance.node_address,
+                        limit=request.num_tokens // request.shape.block_size,
+                    )
+                ),
             )
-        num_cached_blocks = self.cost_model.num_cached_blocks(request, instance)
+        pulls = self.cost_model.pulls(request, instance)
+        num_cached_blocks = sum(pull.num_blocks for pull in pulls)
         return Placement(
             stage=stage,
             instance_id=instance.instance_id,
@@ -79,4 +89,5 @@ class Policy(ABC):
             num_new_tokens=request.num_tokens - num_cached_blocks * request.shape.block_size,
             num_kv_blocks=-(-request.num_tokens // request.shape.block_size),
             estimate=self.cost_model.estimate(request, instance),
+            pulls=pulls,
         )

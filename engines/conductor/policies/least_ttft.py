@@ -1,7 +1,7 @@
 """least_ttft: prefill where the first token comes soonest, decode where the least is going on.
 
-- prefill: least transfer + queue + prefill by the cost model; cached blocks on the instance's own
-  node are worth the prefill that they save.
+- prefill: least transfer + queue + prefill by the cost model; cached blocks are worth the prefill
+  that they save less their way, which is short from the instance's own node.
 - decode: instances with room in KV memory before those without; of these the fewest requests, then
   the most free blocks.
 - ties: the lowest instance id.

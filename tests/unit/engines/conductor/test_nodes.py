@@ -77,7 +77,9 @@ async def probed(nodes, *addresses, timeout_s=5.0):
 
 async def test_a_node_says_its_run_and_all_that_is_present(net, nodes):
     net.nodes["a"] = FakeNode()
-    assert await probed(nodes, "a") == [NodeHit(address="a", num_blocks=2, num_blocks_present=4)]
+    (hit,) = await probed(nodes, "a")
+    assert hit == NodeHit(address="a", num_blocks=2, bitmap=0b1_1000_0011)
+    assert hit.num_blocks_present == 4
 
 
 async def test_one_dead_node_does_not_hide_the_others(net, nodes):

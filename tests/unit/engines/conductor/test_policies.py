@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from snowskin.engines.conductor.policies.registry import make_policy
 from snowskin.engines.conductor.request import Placement, Stage
+from snowskin.kvstore.directory.presence import Presence
 from tests.support.clusters import instance, load, request, view
 
 LEAST = make_policy("least_ttft")
@@ -27,7 +28,7 @@ def test_round_robin_takes_turns():
 
 def test_prefill_goes_where_the_prefix_is_cached():
     cluster = view(instance("prefill-0"), instance("prefill-1", node_address="node-1:1"))
-    cached = request(num_tokens=1000, cached_blocks={"node-1:1": 60})
+    cached = request(num_tokens=1000, presence=Presence.of_runs({"node-1:1": 60}))
     assert chosen(LEAST, Stage.PREFILL, cluster, cached) == "prefill-1"
 
 
@@ -36,7 +37,7 @@ def test_a_long_queue_outweighs_a_cached_prefix():
         instance("prefill-0"),
         instance("prefill-1", node_address="node-1:1", load=load(num_waiting_tokens=961)),
     )
-    cached = request(num_tokens=1000, cached_blocks={"node-1:1": 60})
+    cached = request(num_tokens=1000, presence=Presence.of_runs({"node-1:1": 60}))
     assert chosen(LEAST, Stage.PREFILL, cluster, cached) == "prefill-0"
 
 
