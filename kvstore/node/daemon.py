@@ -22,6 +22,7 @@ from snowskin.kvstore.node.service import StoreService
 from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
 from snowskin.kvstore.node.watching import WatchLimits
+from snowskin.kvstore.owned_folder import OwnedFolder
 from snowskin.kvstore.pool.arena import Arena
 from snowskin.kvstore.pool.pool import Pool
 from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
@@ -32,6 +33,7 @@ from snowskin.v1 import store_pb2_grpc
 
 ROLE = "node"
 DRAIN_LOOK_S = 0.02
+FOLDER_PREFIX = "snowskin-node-"
 
 log = get_logger(__name__)
 
@@ -169,6 +171,6 @@ async def _drain(shell: NodeShell, drain_s: float) -> None:
 
 
 def _private_path(stack: AsyncExitStack) -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="snowskin-")
-    stack.callback(folder.cleanup)
-    return Path(folder.name) / "door"
+    folder = OwnedFolder(Path(tempfile.gettempdir()), FOLDER_PREFIX)
+    stack.callback(folder.close)
+    return folder.path / "door"
