@@ -69,6 +69,10 @@ class EngineSettings(RoleSettings):
     threads: int = setting(0, help="Compute threads; 0 takes one for each core.")
     node: str = setting("", help="Its own node: unix:/path of the door, or host:port.")
     node_address: str = setting("", help="gRPC address of its own node, told to others.")
+    advertise_host: str = setting(
+        "",
+        help="Name that the conductor reaches this engine under; the host's, if it listens on all.",
+    )
     conductor: str = setting("", help="gRPC address of the conductor; none if empty.")
     block_size: int = setting(16, help="Tokens of a block.")
     chunk_tokens: int = setting(512, help="Tokens of a prefill chunk, whole blocks.")
@@ -185,7 +189,7 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
             )
         )
 
-        registration = _registration(settings, instance_id, server.address, engine)
+        registration = _registration(settings, instance_id, server.port, engine)
 
         def check() -> tuple[bool, dict[str, object]]:
             facts = {"role": settings.role, "id": instance_id, "node_connected": link.connected}
@@ -370,9 +374,9 @@ async def _wait_for_node(link: StoreLink, node: str, stop: Stop) -> None:
 
 
 def _registration(
-    settings: EngineSettings, instance_id: str, address: str, engine: _Engine
+    settings: EngineSettings, instance_id: str, port: int, engine: _Engine
 ) -> Registration | None:
-    from snowskin.engines.registration import Registration
+    from snowskin.engines.registration import Registration, told_host
     from snowskin.v1 import conductor_pb2
 
     if not settings.conductor:
@@ -382,7 +386,7 @@ def _registration(
         instance_id=instance_id,
         instance_epoch=secrets.randbits(63) | 1,
         role=settings.role,
-        address=address,
+        address=f"{told_host(settings.host, advertise_host=settings.advertise_host)}:{port}",
         node_address=settings.node_address,
         namespaces=[layout.namespace],
         layout_json=json.dumps(asdict(layout), sort_keys=True),

@@ -8,6 +8,7 @@ says once that it is gone, or that it refuses, and once that it is back.
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING
 
 from snowskin.engines.service import load_to
@@ -23,7 +24,22 @@ CALL_TIMEOUT_S = 2.0
 BACKOFF_S = 0.25
 MIN_INTERVAL_S = 0.02  # whatever a conductor asks for
 
+EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104  compared with, not listened on
+
 log = get_logger(__name__)
+
+
+def told_host(host: str, *, advertise_host: str = "") -> str:
+    """What the conductor connects to: for who listens on all addresses, this host's name, if that has one."""
+    if advertise_host or host not in EVERY_ADDRESS:
+        return advertise_host or host
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        log.warning("the name of this host has no address: set advertise_host", name=name)
+        return host
+    return name
 
 
 class Registration:
