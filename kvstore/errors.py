@@ -69,7 +69,19 @@ class PoolExhausted(SnowskinError):
     status = "RESOURCE_EXHAUSTED"
 
 
+class QuarantineShareExceeded(SnowskinError):
+    """Too much of the pool is in quarantine, and writes of this client are among it: it gets no more room for now."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
 # --- on a lease or a session
+
+
+class LeaseShareExceeded(SnowskinError):
+    """The client, or all clients together, hold as much of the pool under lease as they may: nothing was leased."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class LeaseUnknown(SnowskinError):

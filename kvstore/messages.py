@@ -198,7 +198,10 @@ class Probed:
 
 @value()
 class Matched:
-    """Leased runs by shard; `checksums` has a column for each shard, 4 bytes a block."""
+    """Leased runs by shard; `checksums` has a column for each shard, 4 bytes a block.
+
+    `num_blocks_withheld` are here too, behind the leased ones: the caps on leases allowed no more at once.
+    """
 
     num_blocks: int
     lease: Lease | None
@@ -206,6 +209,7 @@ class Matched:
     checksums: tuple[bytes, ...]
     wake_reason: WakeReason
     node_epoch: int
+    num_blocks_withheld: int = 0
 
 
 @value()

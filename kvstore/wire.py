@@ -299,6 +299,7 @@ def reply_to(reply: ReplyMessage, message: Any) -> None:
             message.num_blocks = reply.num_blocks
             message.wake_reason = reply.wake_reason
             message.node_epoch = reply.node_epoch
+            message.num_blocks_withheld = reply.num_blocks_withheld
             if reply.lease is not None:
                 _set_lease(message.lease, reply.lease)
             for run in reply.runs:
@@ -410,6 +411,7 @@ def _matched_from(message: store_pb2.MatchResponse, node_id: str) -> Matched:
         checksums=tuple([_checksums_from(column) for column in message.checksums]),
         wake_reason=_WAKE_REASONS.get(reason, WakeReason.SATISFIED),
         node_epoch=message.node_epoch,
+        num_blocks_withheld=message.num_blocks_withheld,
     )
 
 

@@ -1,8 +1,9 @@
 """The readers' side of a node: probes, matches, and the leases under which bytes are pulled.
 
 Rules kept here: a probe pins nothing and touches nothing. A match leases the longest run that is committed in every
-shard asked for, from the first key on. A match that waits is looked at again only when the block that it misses is
-committed, or will not come. A block for one reader goes with the lease of that reader.
+shard asked for, from the first key on, as far as the caps on leases allow (`shares`). A match that waits is looked at
+again only when the block that it misses is committed, or will not come. A block for one reader goes with the lease of
+that reader.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING
 from snowskin.kvstore.errors import (
     BadRequest,
     LeaseExpired,
+    LeaseShareExceeded,
     LeaseUnknown,
-    LimitExceeded,
     TailUnknown,
 )
 from snowskin.kvstore.index.block_index import (
@@ -36,7 +37,8 @@ from snowskin.kvstore.messages import (
     WakeReason,
 )
 from snowskin.kvstore.node.residence import TAIL_NAMESPACE
-from snowskin.kvstore.node.waiting import WaitingCall, WaitingRoom, WaitKey
+from snowskin.kvstore.node.shares import LeaseShares
+from snowskin.kvstore.node.waiting import WaitingCall, WaitingRoom, WaitKey, check_may_wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     )
     from snowskin.kvstore.node.limits import NodeLimits
     from snowskin.kvstore.node.residence import Residence
+    from snowskin.kvstore.node.writing import WriteHold
     from snowskin.kvstore.session import Session, SessionTable
 
 
@@ -72,6 +75,7 @@ class Reading:
         *,
         node_epoch: int,
         next_lease_id: Callable[[], LeaseId],
+        writes: LeaseTable[WriteHold],
     ) -> None:
         """Nothing leased.
 
@@ -81,6 +85,7 @@ class Reading:
             limits: what is granted.
             node_epoch: goes with each answer.
             next_lease_id: ids, shared with the writers' side.
+            writes: the writers' leases, which pin segments too.
         """
         self._residence = residence
         self._sessions = sessions
@@ -90,6 +95,7 @@ class Reading:
         self.leases: LeaseTable[ReadHold] = LeaseTable(
             max_ttl_s=limits.read_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
         )
+        self.shares = LeaseShares(residence, sessions, limits, reads=self.leases, writes=writes)
         self.waiting = WaitingRoom()
 
     def probe(self, session: Session, request: ProbeRequest) -> Probed:
@@ -114,8 +120,7 @@ class Reading:
             return [self._answer(session, call_id, request, shards, WakeReason.SATISFIED, now_s)]
         if request.timeout_s <= 0:
             return [self._answer(session, call_id, request, shards, WakeReason.TIMEOUT, now_s)]
-        if len(self.waiting) >= self._limits.max_waiting:
-            raise LimitExceeded(f"{len(self.waiting)} matches wait already", hint="retry later")
+        check_may_wait(self.waiting, session, self._limits, "matches")
         deadline_s = now_s + min(request.timeout_s, self._limits.max_timeout_s)
         self.waiting.add(WaitingCall(session.id, call_id, request, deadline_s, at=missing))
         return []
@@ -192,9 +197,21 @@ class Reading:
         reason: WakeReason,
         now_s: float,
     ) -> Effect:
-        num_blocks = len(shards[0])
         counters = self._residence.counters
         counters["matches"] += 1
+        runs, segments = self._runs_of(shards)
+        self._residence.lease(segments)
+        num_withheld = 0
+        if segments and self.shares.are_tight(session) and not request.tail_request_id:
+            self._residence.unlease(segments)
+            try:
+                shards, num_withheld = self._cut(session, request, now_s)
+            except LeaseShareExceeded as refusal:
+                counters["matches_refused"] += 1
+                return Fail(session.id, call_id, refusal)
+            runs, segments = self._runs_of(shards)
+            self._residence.lease(segments)
+        num_blocks = len(shards[0])
         counters["blocks_matched"] += num_blocks * len(shards)
         if num_blocks == 0 and request.tail_request_id:
             error = TailUnknown(
@@ -202,33 +219,47 @@ class Reading:
                 hint="it was read, it went with its writer, or it was never written: compute it again",
             )
             return Fail(session.id, call_id, error)
-        lease: Lease | None = None
-        runs: tuple[Run, ...] = ()
-        if num_blocks:
-            lease, runs = self._lease(session, request, shards, now_s)
+        lease = self._grant(session, request, shards, segments, now_s) if num_blocks else None
         matched = Matched(
             num_blocks=num_blocks,
             lease=lease,
-            runs=runs,
+            runs=tuple(runs),
             checksums=tuple(b"".join([e.checksum for e in run]) for run in shards) if lease else (),
             wake_reason=reason,
             node_epoch=self._node_epoch,
+            num_blocks_withheld=num_withheld,
         )
         return Reply(session.id, call_id, matched)
 
-    def _lease(
+    def _cut(
+        self, session: Session, request: MatchRequest, now_s: float
+    ) -> tuple[list[list[BlockEntry]], int]:
+        """What of a match the caps allow, and how many blocks they withhold."""
+        self.shares.settle(now_s)  # which may take blocks for one reader along
+        shards, _ = self._find(session, request)
+        num_found = len(shards[0])
+        runs, segments = self._runs_of(shards)
+        starts = [
+            (run.first_block_index, segment) for run, segment in zip(runs, segments, strict=True)
+        ]
+        num_blocks = self.shares.num_leasable(session, starts, num_found)
+        if num_blocks == num_found:
+            return shards, 0
+        if num_blocks == 0:
+            raise self.shares.exceeded(session, now_s)
+        self._residence.counters["matches_cut"] += 1
+        return [run[:num_blocks] for run in shards], num_found - num_blocks
+
+    def _grant(
         self,
         session: Session,
         request: MatchRequest,
         shards: list[list[BlockEntry]],
+        segments: list[PlacedSegment],
         now_s: float,
-    ) -> tuple[Lease, tuple[Run, ...]]:
-        runs: list[Run] = []
-        segments: list[PlacedSegment] = []
-        for shard_index, entries in enumerate(shards):
-            self._collect_runs(entries, shard_index, runs, segments)
+    ) -> Lease:
+        for entries in shards:
             self._residence.touch(entries)
-        self._residence.lease(segments)
         if request.tail_request_id:
             shards[0][0].is_taken = True
         lease = self.leases.grant(
@@ -238,7 +269,15 @@ class Reading:
             ttl_s=request.ttl_s,
             now_s=now_s,
         )
-        return Lease(id=lease.id, ttl_s=lease.expires_at_s - now_s), tuple(runs)
+        return Lease(id=lease.id, ttl_s=lease.expires_at_s - now_s)
+
+    def _runs_of(self, shards: list[list[BlockEntry]]) -> tuple[list[Run], list[PlacedSegment]]:
+        """The runs of all shards, and each run's segment."""
+        runs: list[Run] = []
+        segments: list[PlacedSegment] = []
+        for shard_index, entries in enumerate(shards):
+            self._collect_runs(entries, shard_index, runs, segments)
+        return runs, segments
 
     def _collect_runs(
         self,

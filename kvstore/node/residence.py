@@ -1,9 +1,10 @@
 """What lies where on one node: pools, index and eviction order, changed together.
 
 Rules kept here: a block's bytes are freed only when no lease covers its segment, whatever took the block out of the
-index. Room is made by evicting leaves of the prefix tree, least recently used first, and only when that many bytes
-can be had: a call that cannot be served evicts nothing. (Where leases and several block sizes leave holes that are
-all too small, enough bytes may not be enough room; what was evicted then stays free.)
+index. Room is made by evicting leaves of the prefix tree, least recently used first, then blocks for one reader whom
+nobody saw for long; and only when that many bytes can be had: a call that cannot be served evicts nothing, and changes
+nobody's standing. (Where leases and several block sizes leave holes that are all too small, enough bytes may not be
+enough room; what was evicted then stays free.)
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from snowskin.kvstore.node.events import BlockEvents
 from snowskin.kvstore.pool.pool import Pool, Use
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from snowskin.kvstore.eviction.api import EvictionPolicy
+    from snowskin.kvstore.eviction.api import EvictionPolicy, Standing
 
 TAIL_NAMESPACE = b""
 """Scope of the tails: no real namespace is empty. Its keys are request ids."""
@@ -59,9 +60,23 @@ class Residence:
         return self._by_tenant[tenant]
 
     def reserve(
-        self, tenant: str, num_blocks: int, block_nbytes: int, *, near: BlockEntry | None
+        self,
+        tenant: str,
+        num_blocks: int,
+        block_nbytes: int,
+        *,
+        near: BlockEntry | None,
+        unread: Callable[[], Iterable[BlockEntry]] = list,
     ) -> list[PlacedSegment] | None:
-        """Room for a run of blocks, evicting where that helps; None where there is none now."""
+        """Room for a run of blocks, evicting where that helps; None where there is none now.
+
+        Args:
+            tenant: whose pool.
+            num_blocks: how many.
+            block_nbytes: bytes of each.
+            near: a block that the run should follow.
+            unread: blocks for one reader that may go when all others have gone, the first to go first.
+        """
         pool = self.pool_of(tenant)
         near_offset = None
         if near is not None and near.segment.pool_id == pool.id:
@@ -70,7 +85,7 @@ class Residence:
             num_blocks, block_nbytes, near=near_offset, max_extent_nbytes=self._max_extent_nbytes
         )
         if pieces is None:
-            pieces = self._evict_and_place(pool, num_blocks, block_nbytes, near_offset)
+            pieces = self._evict_and_place(pool, num_blocks, block_nbytes, near_offset, unread)
         if pieces is None:
             return None
         segments = []
@@ -80,7 +95,12 @@ class Residence:
         return segments
 
     def _evict_and_place(
-        self, pool: Pool, num_blocks: int, block_nbytes: int, near_offset: int | None
+        self,
+        pool: Pool,
+        num_blocks: int,
+        block_nbytes: int,
+        near_offset: int | None,
+        unread: Callable[[], Iterable[BlockEntry]],
     ) -> list[tuple[int, int]] | None:
         need_nbytes = num_blocks * block_nbytes
         # Too high a bound, but cheap: it counts blocks for one reader, and the prefixes of leased blocks.
@@ -88,23 +108,17 @@ class Residence:
         if pool.free_nbytes + bound_nbytes < need_nbytes:
             return None
         self.note_touches()
-        chosen: list[BlockEntry] = []
+        chosen: list[tuple[BlockEntry, Standing[BlockId] | None]] = []
         chosen_nbytes = 0
-        for block_id in self._eviction.victims():
-            entry = self.index.entry(block_id)
-            assert entry is not None, "the eviction policy named a block that is not in the index"
-            if entry.segment.num_leases or entry.segment.pool_id != pool.id:
-                continue
+        for entry in self._victims(pool, unread):
             # Gone for the policy, so that it offers the prefix; the bytes go when there are enough.
-            self._eviction.on_remove(block_id)
-            chosen.append(entry)
+            standing = None if entry.one_reader else self._eviction.on_remove(entry.id)
+            chosen.append((entry, standing))
             chosen_nbytes += entry.segment.block_nbytes
             if pool.free_nbytes + chosen_nbytes < need_nbytes:
                 continue
-            for victim in chosen:
-                self.index.remove(victim)
-                self._free_committed(victim.segment, victim.offset)
-            self.counters["blocks_evicted"] += len(chosen)
+            for victim, _ in chosen:
+                self._evict(victim)
             chosen, chosen_nbytes = [], 0
             pieces = pool.place(
                 num_blocks,
@@ -114,9 +128,32 @@ class Residence:
             )
             if pieces is not None:
                 return pieces
-        for entry in chosen:  # in vain: they stay, and leave in the same order another time
-            self._eviction.on_insert(entry.id, entry.parent_id)
+        for entry, standing in reversed(chosen):  # in vain: they stay, as old as they were
+            if standing is not None:
+                self._eviction.on_restore(entry.id, standing)
         return None
+
+    def _victims(
+        self, pool: Pool, unread: Callable[[], Iterable[BlockEntry]]
+    ) -> Iterator[BlockEntry]:
+        """What may go from `pool`, first to go first; the caller tells the policy of each before it asks on."""
+        for block_id in self._eviction.victims():
+            entry = self.index.entry(block_id)
+            assert entry is not None, "the eviction policy named a block that is not in the index"
+            if not entry.segment.num_leases and entry.segment.pool_id == pool.id:
+                yield entry
+        for entry in unread():
+            if not entry.segment.num_leases and entry.segment.pool_id == pool.id:
+                yield entry
+
+    def _evict(self, entry: BlockEntry) -> None:
+        """Takes out what the policy does not know any more, or never knew."""
+        self.index.remove(entry)
+        self.num_for_one_reader -= entry.one_reader
+        self._free_committed(entry.segment, entry.offset)
+        self.counters["blocks_evicted"] += 1
+        if entry.one_reader:
+            self.counters["blocks_evicted_unread"] += 1
 
     def commit(
         self,
@@ -159,6 +196,7 @@ class Residence:
         )
         self.index.insert(scope, entry)
         pool.change(segment.block_nbytes, Use.RESERVED, Use.COMMITTED)
+        pool.num_gains += 1
         segment.num_committed += 1
         if segment.num_leases:
             pool.leased_nbytes += segment.block_nbytes
@@ -229,6 +267,7 @@ class Residence:
             if segment.num_leases == 0:
                 pool = self.pools[segment.pool_id]
                 pool.leased_nbytes -= segment.num_committed * segment.block_nbytes
+                pool.num_gains += 1
                 for offset, _ in segment.doomed:
                     self._free_committed(segment, offset)
                 segment.doomed.clear()

@@ -63,6 +63,7 @@ class NodeShell:
         self._timer_at_s = 0.0
         self._transport = ShmTransport()
         self._regions = {pool_id: self._register(arena) for pool_id, arena in arenas.items()}
+        state.settle_leases_by(self._read_boards)
 
     def open_session(
         self, client_name: str, answer: Answer, *, maps_memory: bool, may_write: bool = True

@@ -1,14 +1,16 @@
 """The writers' side of a node: reservations, commits, and what becomes of a writer that is late or gone.
 
-Rules kept here: room is given in the order of asking. A write lease pins the parents that it named. Of two writers of
-one block the first to commit wins. A write lease that runs out is fenced: if its session maps memory its bytes are
-quarantined until the writer gives them back or its session ends, otherwise they are free. Whoever ends a reservation
+Rules kept here: room is given to clients in turn, to each in the order of asking. A write lease pins the parents that
+it named. Of two writers of one block the first to commit wins. A write lease that runs out is fenced: if its session
+maps memory its bytes are quarantined until the writer gives them back or its session ends, otherwise they are free.
+While too much of a pool is in quarantine, those whose writes are there get no more of it. A block for one reader whom
+nobody saw for as long as a reader may hold it is given up before a reservation is refused. Whoever ends a reservation
 is told which blocks became visible and which will not come (`Outcome`), for those who wait for them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from snowskin.kvstore.errors import (
     LeaseUnknown,
     LimitExceeded,
     NamespaceMismatch,
+    QuarantineShareExceeded,
 )
 from snowskin.kvstore.lease import GrantedLease, LeaseTable
 from snowskin.kvstore.messages import (
@@ -33,8 +36,9 @@ from snowskin.kvstore.messages import (
     ReserveRequest,
     Run,
 )
+from snowskin.kvstore.node.limits import MIN_RETRY_S
 from snowskin.kvstore.node.residence import TAIL_NAMESPACE, ByteRange
-from snowskin.kvstore.node.waiting import WaitingCall, WaitingRoom, WaitKey
+from snowskin.kvstore.node.waiting import FairQueue, WaitingCall, WaitKey, check_may_wait
 from snowskin.kvstore.pool.pool import Use
 from snowskin.transport.errors import SnowskinError
 
@@ -134,7 +138,10 @@ class Writing:
         self.unread: LeaseTable[BlockEntry] = LeaseTable(
             max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
         )
-        self.waiting = WaitingRoom()
+        # When each of them has been unread for long, in order.
+        self._unread_at: deque[tuple[float, LeaseId]] = deque()
+        self._long_unread: dict[LeaseId, None] = {}
+        self.waiting = FairQueue()
         self._reserved: Counter[WaitKey] = Counter()
 
     # --- reserve
@@ -145,40 +152,45 @@ class Writing:
         """Answers now, or queues the call."""
         self._check_fits(session, request)
         # Nobody overtakes those who queue for the same pool.
-        is_first = not any(self._session_of(c).tenant == session.tenant for c in self.waiting)
+        is_first = self.waiting.is_empty(session.tenant)
         reserved = self._try_reserve(session, request, now_s, may_place=is_first)
         if reserved is not None:
             return [Reply(session.id, call_id, reserved)]
         if request.timeout_s <= 0:
             raise self._exhausted(session, request, now_s)
-        if len(self.waiting) >= self._limits.max_waiting:
-            raise LimitExceeded(
-                f"{len(self.waiting)} reservations queue already", hint="retry later"
-            )
-        deadline_s = now_s + min(request.timeout_s, self._limits.max_timeout_s)
-        self.waiting.add(WaitingCall(session.id, call_id, request, deadline_s))
+        check_may_wait(self.waiting, session, self._limits, "reservations")
+        call = WaitingCall(
+            session.id,
+            call_id,
+            request,
+            now_s + min(request.timeout_s, self._limits.max_timeout_s),
+            tenant=session.tenant,
+        )
+        if is_first:
+            call.tried_at = self._residence.pool_of(session.tenant).num_gains
+        self.waiting.add(call)
+        self._note_long_unread(now_s)  # from now on each in its time, by `on_time`
         return []
 
     def serve_waiting(self, now_s: float) -> list[Effect]:
-        """Room may have come free: whoever came first gets it first."""
+        """Room may have come free: whose turn it is gets it first. Costs nothing where none has."""
         effects: list[Effect] = []
-        full: set[str] = set()  # tenants whose first in the queue must wait on
-        for call in self.waiting:
-            session = self._session_of(call)
-            assert isinstance(call.request, ReserveRequest)
-            if session.tenant in full:
-                continue
-            try:
-                reserved = self._try_reserve(session, call.request, now_s)
-            except SnowskinError as error:
-                self.waiting.remove(call)
-                effects.append(Fail(call.session_id, call.call_id, error))
-                continue
-            if reserved is None:
-                full.add(session.tenant)
-                continue
-            self.waiting.remove(call)
-            effects.append(Reply(call.session_id, call.call_id, reserved))
+        for tenant in self.waiting.tenants():
+            pool = self._residence.pool_of(tenant)
+            while (call := self.waiting.next(tenant)) and call.tried_at != pool.num_gains:
+                session = self._session_of(call)
+                assert isinstance(call.request, ReserveRequest)
+                try:
+                    reserved = self._try_reserve(session, call.request, now_s)
+                except SnowskinError as error:
+                    self.waiting.serve(call)
+                    effects.append(Fail(call.session_id, call.call_id, error))
+                    continue
+                if reserved is None:
+                    call.tried_at = pool.num_gains
+                    break
+                self.waiting.serve(call)
+                effects.append(Reply(call.session_id, call.call_id, reserved))
         return effects
 
     def fail_overdue(self, now_s: float) -> list[Effect]:
@@ -230,13 +242,20 @@ class Writing:
             missing, known = _missing_and_known(blocks, request)
         if not missing:
             return Reserved(lease=None, runs=())
+        self._check_quarantine(session)
         if not may_place:
             return None
         parents = list({id(entry.segment): entry.segment for entry in known}.values())
         near = blocks.get(missing[0][2])
         # Named parents must survive the eviction that makes room for their children.
         self._residence.lease(parents)
-        segments = self._residence.reserve(session.tenant, len(missing), block_nbytes, near=near)
+        segments = self._residence.reserve(
+            session.tenant,
+            len(missing),
+            block_nbytes,
+            near=near,
+            unread=lambda: self._unread_for_long(now_s),
+        )
         if segments is None:
             self._residence.unlease(parents)
             return None
@@ -328,7 +347,10 @@ class Writing:
         if entry is None:
             return False
         if entry.one_reader:
-            self.unread.grant(self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s)
+            unread = self.unread.grant(
+                self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s
+            )
+            self._unread_at.append((now_s + self._limits.unread_s, unread.id))
         return True
 
     def abort(self, session: Session, call_id: int, request: AbortRequest) -> Outcome:
@@ -358,6 +380,10 @@ class Writing:
         for unread in self.unread.expired(now_s):
             self._drop_unread(unread)
             outcome.may_have_freed = True
+        if len(self.waiting) and self._note_long_unread(now_s):
+            for pool in self._residence.pools.values():
+                pool.num_gains += 1
+            outcome.may_have_freed = True
         return outcome
 
     def next_time_s(self) -> list[float | None]:
@@ -366,6 +392,7 @@ class Writing:
             self.leases.next_check_s(),
             self.unread.next_check_s(),
             self.waiting.next_deadline_s(),
+            self._unread_at[0][0] if self._unread_at and len(self.waiting) else None,
         ]
 
     def writable(self, lease_id: LeaseId, now_s: float) -> WriteHold:
@@ -450,6 +477,46 @@ class Writing:
             self._unreserve(at)
             if at not in self._reserved:
                 outcome.gone.append(at)
+
+    def _check_quarantine(self, session: Session) -> None:
+        """Refuses more room to who has left too much of it in quarantine; others are not to blame."""
+        pool = self._residence.pool_of(session.tenant)
+        quarantined_nbytes = pool.used_nbytes(Use.QUARANTINED)
+        limit_nbytes = int(pool.capacity_nbytes * self._limits.max_quarantined_ratio)
+        if quarantined_nbytes <= limit_nbytes:
+            return
+        own_nbytes = sum(
+            block.segment.block_nbytes
+            for lease in self.leases.of_session(session.id)
+            if lease.hold.use is Use.QUARANTINED
+            for block in lease.hold.left
+        )
+        if own_nbytes:
+            raise QuarantineShareExceeded(
+                f"{quarantined_nbytes} bytes of pool {pool.id} are in quarantine, {limit_nbytes} may be; "
+                f"{own_nbytes} of them are of writes of {session.client_name!r} that came too late",
+                hint="abort those reservations, or close the session and connect again",
+                retry_after_s=max(MIN_RETRY_S, self._limits.grace_s),
+            )
+
+    def _note_long_unread(self, now_s: float) -> bool:
+        """Finds blocks for one reader that may be given up from now on; whether there are new ones."""
+        num_before = len(self._long_unread)
+        while self._unread_at and self._unread_at[0][0] <= now_s:
+            _, lease_id = self._unread_at.popleft()
+            if self.unread.get(lease_id) is not None:
+                self._long_unread[lease_id] = None
+        return len(self._long_unread) > num_before
+
+    def _unread_for_long(self, now_s: float) -> Iterator[BlockEntry]:
+        """Blocks for one reader whom nobody saw for long, the longest first."""
+        self._note_long_unread(now_s)
+        for lease_id in list(self._long_unread):
+            unread = self.unread.get(lease_id)
+            if unread is None or not self._residence.is_here(unread.hold):
+                del self._long_unread[lease_id]
+            else:
+                yield unread.hold
 
     def _drop_unread(self, unread: GrantedLease[BlockEntry]) -> None:
         self.unread.end(unread.id)

@@ -38,6 +38,9 @@ class Pool:
         self.capacity_nbytes = capacity_nbytes
         # Bytes of segments under a lease; kept by the node, which counts leases.
         self.leased_nbytes = 0
+        # How often anything happened by which a reservation may fit that did not fit before: bytes came free, became
+        # evictable, or were committed. While it stands still, trying again is in vain.
+        self.num_gains = 0
         self._allocator = ExtentAllocator(capacity_nbytes, alignment)
         self._used = dict.fromkeys(Use, 0)
 
@@ -119,6 +122,7 @@ class Pool:
         assert self._used[was] >= nbytes, f"{nbytes} bytes were never {was.value}"
         self._used[was] -= nbytes
         self._allocator.free(offset, nbytes)
+        self.num_gains += 1
 
     def check(self) -> None:
         """Asserts the sum; for tests."""

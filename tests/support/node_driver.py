@@ -75,9 +75,11 @@ class NodeDriver:
     def __init__(
         self, *, blocks: int = 8, tenants: tuple[str, ...] = (DEFAULT_TENANT,), **limits: Any
     ) -> None:
-        """A pool of `blocks` blocks for each tenant."""
+        """A pool of `blocks` blocks for each tenant; no caps but those of `limits`."""
         pools = [Pool(i, blocks * BLOCK, tenant=tenant) for i, tenant in enumerate(tenants)]
-        self.limits = NodeLimits(**limits)
+        caps = ("max_leased_ratio", "max_client_leased_ratio", "max_quarantined_ratio")
+        no_caps = dict.fromkeys(caps, 1.0)
+        self.limits = NodeLimits(**(no_caps | limits))
         self.state = NodeState(
             node_id="n", epoch=7, pools=pools, eviction=make_eviction("lru"), limits=self.limits
         )

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from snowskin.v1 import common_pb2 as snowskin_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17snowskin/v1/store.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\"\xd0\x01\n\x0eReserveRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x12\n\nparent_key\x18\x03 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x04 \x01(\x04\x12#\n\x04tail\x18\x05 \x01(\x0b\x32\x15.snowskin.v1.TailSpec\x12\x12\n\none_reader\x18\x06 \x01(\x08\x12\x0e\n\x06ttl_ms\x18\x07 \x01(\r\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\".\n\x08TailSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"T\n\x0fReserveResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.snowskin.v1.Lease\x12\x1e\n\x04runs\x18\x02 \x03(\x0b\x32\x10.snowskin.v1.Run\"t\n\rCommitRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12)\n\tchecksums\x18\x03 \x01(\x0b\x32\x16.snowskin.v1.Checksums\"I\n\x0e\x43ommitResponse\x12\x1e\n\x16\x65xisting_block_indices\x18\x01 \x03(\r\x12\x17\n\x0fnum_blocks_left\x18\x02 \x01(\r\"4\n\x0c\x41\x62ortRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\"%\n\rAbortResponse\x12\x14\n\x0c\x66reed_nbytes\x18\x01 \x01(\x04\"H\n\x0cProbeRequest\x12\x12\n\nnamespaces\x18\x01 \x03(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\"O\n\rProbeResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x16\n\x0epresent_bitmap\x18\x02 \x01(\x0c\x12\x12\n\nnode_epoch\x18\x03 \x01(\x04\"\xae\x01\n\x0cMatchRequest\x12\x12\n\nnamespaces\x18\x01 \x03(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x12\n\nmax_blocks\x18\x03 \x01(\r\x12\x0e\n\x06ttl_ms\x18\x04 \x01(\r\x12\x13\n\x0bwait_blocks\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\x17\n\x0ftail_request_id\x18\x07 \x01(\t\"\xd3\x01\n\rMatchResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.snowskin.v1.Lease\x12\x1e\n\x04runs\x18\x03 \x03(\x0b\x32\x10.snowskin.v1.Run\x12)\n\tchecksums\x18\x04 \x03(\x0b\x32\x16.snowskin.v1.Checksums\x12,\n\x0bwake_reason\x18\x05 \x01(\x0e\x32\x17.snowskin.v1.WakeReason\x12\x12\n\nnode_epoch\x18\x06 \x01(\x04\"E\n\x0cRenewRequest\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"\x1f\n\rRenewResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x03(\r\"c\n\x0eReleaseRequest\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.snowskin.v1.LeaseRef\x12*\n\ncomplaints\x18\x02 \x03(\x0b\x32\x16.snowskin.v1.Complaint\"4\n\tComplaint\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x15\n\rblock_indices\x18\x02 \x03(\r\"&\n\x0fReleaseResponse\x12\x13\n\x0bnum_unknown\x18\x01 \x01(\r\"\r\n\x0bStatRequest\"\xef\x02\n\x0cStatResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x12\n\nnode_epoch\x18\x02 \x01(\x04\x12$\n\x05pools\x18\x03 \x03(\x0b\x32\x15.snowskin.v1.PoolStat\x12\x12\n\nnum_blocks\x18\x04 \x01(\x04\x12\x17\n\x0fnum_read_leases\x18\x05 \x01(\r\x12\x18\n\x10num_write_leases\x18\x06 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x07 \x01(\r\x12\x1b\n\x13num_waiting_matches\x18\x08 \x01(\r\x12\x1c\n\x14num_waiting_reserves\x18\t \x01(\r\x12\x39\n\x08\x63ounters\x18\n \x03(\x0b\x32\'.snowskin.v1.StatResponse.CountersEntry\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xfd\x01\n\x08PoolStat\x12\x0f\n\x07pool_id\x18\x01 \x01(\r\x12\x1f\n\x04tier\x18\x02 \x01(\x0e\x32\x11.snowskin.v1.Tier\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x17\n\x0f\x63\x61pacity_nbytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ree_nbytes\x18\x05 \x01(\x04\x12\x18\n\x10\x63ommitted_nbytes\x18\x06 \x01(\x04\x12\x17\n\x0freserved_nbytes\x18\x07 \x01(\x04\x12\x1a\n\x12quarantined_nbytes\x18\x08 \x01(\x04\x12\x1b\n\x13largest_hole_nbytes\x18\t \x01(\x04\x12\x15\n\rleased_nbytes\x18\n \x01(\x04\"4\n\x0cWatchRequest\x12\x12\n\nnode_epoch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xae\x01\n\rWatchResponse\x12\x12\n\nnode_epoch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x17\n\x0fsnapshot_begins\x18\x03 \x01(\x08\x12\x0f\n\x07in_sync\x18\x04 \x01(\x08\x12)\n\x07\x63hanges\x18\x05 \x03(\x0b\x32\x18.snowskin.v1.BlockChange\x12\x12\n\nnum_blocks\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x04\"W\n\x0b\x42lockChange\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x08\x12$\n\x04keys\x18\x03 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\"R\n\x0cWriteRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\rWriteResponse\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\"h\n\x0bReadRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x13\n\x0bshard_index\x18\x04 \x01(\r\",\n\x0cReadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*z\n\nWakeReason\x12\x1b\n\x17WAKE_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15WAKE_REASON_SATISFIED\x10\x01\x12\x17\n\x13WAKE_REASON_TIMEOUT\x10\x02\x12\x1b\n\x17WAKE_REASON_WRITER_GONE\x10\x03\x32\xd6\x05\n\x05Store\x12\x44\n\x07Reserve\x12\x1b.snowskin.v1.ReserveRequest\x1a\x1c.snowskin.v1.ReserveResponse\x12\x41\n\x06\x43ommit\x12\x1a.snowskin.v1.CommitRequest\x1a\x1b.snowskin.v1.CommitResponse\x12>\n\x05\x41\x62ort\x12\x19.snowskin.v1.AbortRequest\x1a\x1a.snowskin.v1.AbortResponse\x12>\n\x05Probe\x12\x19.snowskin.v1.ProbeRequest\x1a\x1a.snowskin.v1.ProbeResponse\x12>\n\x05Match\x12\x19.snowskin.v1.MatchRequest\x1a\x1a.snowskin.v1.MatchResponse\x12>\n\x05Renew\x12\x19.snowskin.v1.RenewRequest\x1a\x1a.snowskin.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.snowskin.v1.ReleaseRequest\x1a\x1c.snowskin.v1.ReleaseResponse\x12;\n\x04Stat\x12\x18.snowskin.v1.StatRequest\x1a\x19.snowskin.v1.StatResponse\x12@\n\x05Watch\x12\x19.snowskin.v1.WatchRequest\x1a\x1a.snowskin.v1.WatchResponse0\x01\x12@\n\x05Write\x12\x19.snowskin.v1.WriteRequest\x1a\x1a.snowskin.v1.WriteResponse(\x01\x12=\n\x04Read\x12\x18.snowskin.v1.ReadRequest\x1a\x19.snowskin.v1.ReadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17snowskin/v1/store.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\"\xd0\x01\n\x0eReserveRequest\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x12\n\nparent_key\x18\x03 \x01(\x0c\x12\x14\n\x0c\x62lock_nbytes\x18\x04 \x01(\x04\x12#\n\x04tail\x18\x05 \x01(\x0b\x32\x15.snowskin.v1.TailSpec\x12\x12\n\none_reader\x18\x06 \x01(\x08\x12\x0e\n\x06ttl_ms\x18\x07 \x01(\r\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\".\n\x08TailSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"T\n\x0fReserveResponse\x12!\n\x05lease\x18\x01 \x01(\x0b\x32\x12.snowskin.v1.Lease\x12\x1e\n\x04runs\x18\x02 \x03(\x0b\x32\x10.snowskin.v1.Run\"t\n\rCommitRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12)\n\tchecksums\x18\x03 \x01(\x0b\x32\x16.snowskin.v1.Checksums\"I\n\x0e\x43ommitResponse\x12\x1e\n\x16\x65xisting_block_indices\x18\x01 \x03(\r\x12\x17\n\x0fnum_blocks_left\x18\x02 \x01(\r\"4\n\x0c\x41\x62ortRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\"%\n\rAbortResponse\x12\x14\n\x0c\x66reed_nbytes\x18\x01 \x01(\x04\"H\n\x0cProbeRequest\x12\x12\n\nnamespaces\x18\x01 \x03(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\"O\n\rProbeResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x16\n\x0epresent_bitmap\x18\x02 \x01(\x0c\x12\x12\n\nnode_epoch\x18\x03 \x01(\x04\"\xae\x01\n\x0cMatchRequest\x12\x12\n\nnamespaces\x18\x01 \x03(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x12\n\nmax_blocks\x18\x03 \x01(\r\x12\x0e\n\x06ttl_ms\x18\x04 \x01(\r\x12\x13\n\x0bwait_blocks\x18\x05 \x01(\r\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\x17\n\x0ftail_request_id\x18\x07 \x01(\t\"\xf0\x01\n\rMatchResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12!\n\x05lease\x18\x02 \x01(\x0b\x32\x12.snowskin.v1.Lease\x12\x1e\n\x04runs\x18\x03 \x03(\x0b\x32\x10.snowskin.v1.Run\x12)\n\tchecksums\x18\x04 \x03(\x0b\x32\x16.snowskin.v1.Checksums\x12,\n\x0bwake_reason\x18\x05 \x01(\x0e\x32\x17.snowskin.v1.WakeReason\x12\x12\n\nnode_epoch\x18\x06 \x01(\x04\x12\x1b\n\x13num_blocks_withheld\x18\x07 \x01(\r\"E\n\x0cRenewRequest\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\"\x1f\n\rRenewResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x03(\r\"c\n\x0eReleaseRequest\x12%\n\x06leases\x18\x01 \x03(\x0b\x32\x15.snowskin.v1.LeaseRef\x12*\n\ncomplaints\x18\x02 \x03(\x0b\x32\x16.snowskin.v1.Complaint\"4\n\tComplaint\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x15\n\rblock_indices\x18\x02 \x03(\r\"&\n\x0fReleaseResponse\x12\x13\n\x0bnum_unknown\x18\x01 \x01(\r\"\r\n\x0bStatRequest\"\xef\x02\n\x0cStatResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x12\n\nnode_epoch\x18\x02 \x01(\x04\x12$\n\x05pools\x18\x03 \x03(\x0b\x32\x15.snowskin.v1.PoolStat\x12\x12\n\nnum_blocks\x18\x04 \x01(\x04\x12\x17\n\x0fnum_read_leases\x18\x05 \x01(\r\x12\x18\n\x10num_write_leases\x18\x06 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x07 \x01(\r\x12\x1b\n\x13num_waiting_matches\x18\x08 \x01(\r\x12\x1c\n\x14num_waiting_reserves\x18\t \x01(\r\x12\x39\n\x08\x63ounters\x18\n \x03(\x0b\x32\'.snowskin.v1.StatResponse.CountersEntry\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xfd\x01\n\x08PoolStat\x12\x0f\n\x07pool_id\x18\x01 \x01(\r\x12\x1f\n\x04tier\x18\x02 \x01(\x0e\x32\x11.snowskin.v1.Tier\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x17\n\x0f\x63\x61pacity_nbytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ree_nbytes\x18\x05 \x01(\x04\x12\x18\n\x10\x63ommitted_nbytes\x18\x06 \x01(\x04\x12\x17\n\x0freserved_nbytes\x18\x07 \x01(\x04\x12\x1a\n\x12quarantined_nbytes\x18\x08 \x01(\x04\x12\x1b\n\x13largest_hole_nbytes\x18\t \x01(\x04\x12\x15\n\rleased_nbytes\x18\n \x01(\x04\"4\n\x0cWatchRequest\x12\x12\n\nnode_epoch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xae\x01\n\rWatchResponse\x12\x12\n\nnode_epoch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x17\n\x0fsnapshot_begins\x18\x03 \x01(\x08\x12\x0f\n\x07in_sync\x18\x04 \x01(\x08\x12)\n\x07\x63hanges\x18\x05 \x03(\x0b\x32\x18.snowskin.v1.BlockChange\x12\x12\n\nnum_blocks\x18\x06 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x07 \x01(\x04\"W\n\x0b\x42lockChange\x12\x11\n\tnamespace\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x08\x12$\n\x04keys\x18\x03 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\"R\n\x0cWriteRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1f\n\rWriteResponse\x12\x0e\n\x06nbytes\x18\x01 \x01(\x04\"h\n\x0bReadRequest\x12$\n\x05lease\x18\x01 \x01(\x0b\x32\x15.snowskin.v1.LeaseRef\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x13\n\x0bshard_index\x18\x04 \x01(\r\",\n\x0cReadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*z\n\nWakeReason\x12\x1b\n\x17WAKE_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15WAKE_REASON_SATISFIED\x10\x01\x12\x17\n\x13WAKE_REASON_TIMEOUT\x10\x02\x12\x1b\n\x17WAKE_REASON_WRITER_GONE\x10\x03\x32\xd6\x05\n\x05Store\x12\x44\n\x07Reserve\x12\x1b.snowskin.v1.ReserveRequest\x1a\x1c.snowskin.v1.ReserveResponse\x12\x41\n\x06\x43ommit\x12\x1a.snowskin.v1.CommitRequest\x1a\x1b.snowskin.v1.CommitResponse\x12>\n\x05\x41\x62ort\x12\x19.snowskin.v1.AbortRequest\x1a\x1a.snowskin.v1.AbortResponse\x12>\n\x05Probe\x12\x19.snowskin.v1.ProbeRequest\x1a\x1a.snowskin.v1.ProbeResponse\x12>\n\x05Match\x12\x19.snowskin.v1.MatchRequest\x1a\x1a.snowskin.v1.MatchResponse\x12>\n\x05Renew\x12\x19.snowskin.v1.RenewRequest\x1a\x1a.snowskin.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.snowskin.v1.ReleaseRequest\x1a\x1c.snowskin.v1.ReleaseResponse\x12;\n\x04Stat\x12\x18.snowskin.v1.StatRequest\x1a\x19.snowskin.v1.StatResponse\x12@\n\x05Watch\x12\x19.snowskin.v1.WatchRequest\x1a\x1a.snowskin.v1.WatchResponse0\x01\x12@\n\x05Write\x12\x19.snowskin.v1.WriteRequest\x1a\x1a.snowskin.v1.WriteResponse(\x01\x12=\n\x04Read\x12\x18.snowskin.v1.ReadRequest\x1a\x19.snowskin.v1.ReadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_STATRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_WAKEREASON']._serialized_start=2772
-  _globals['_WAKEREASON']._serialized_end=2894
+  _globals['_WAKEREASON']._serialized_start=2801
+  _globals['_WAKEREASON']._serialized_end=2923
   _globals['_RESERVEREQUEST']._serialized_start=67
   _globals['_RESERVEREQUEST']._serialized_end=275
   _globals['_TAILSPEC']._serialized_start=277
@@ -57,39 +57,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MATCHREQUEST']._serialized_start=853
   _globals['_MATCHREQUEST']._serialized_end=1027
   _globals['_MATCHRESPONSE']._serialized_start=1030
-  _globals['_MATCHRESPONSE']._serialized_end=1241
-  _globals['_RENEWREQUEST']._serialized_start=1243
-  _globals['_RENEWREQUEST']._serialized_end=1312
-  _globals['_RENEWRESPONSE']._serialized_start=1314
-  _globals['_RENEWRESPONSE']._serialized_end=1345
-  _globals['_RELEASEREQUEST']._serialized_start=1347
-  _globals['_RELEASEREQUEST']._serialized_end=1446
-  _globals['_COMPLAINT']._serialized_start=1448
-  _globals['_COMPLAINT']._serialized_end=1500
-  _globals['_RELEASERESPONSE']._serialized_start=1502
-  _globals['_RELEASERESPONSE']._serialized_end=1540
-  _globals['_STATREQUEST']._serialized_start=1542
-  _globals['_STATREQUEST']._serialized_end=1555
-  _globals['_STATRESPONSE']._serialized_start=1558
-  _globals['_STATRESPONSE']._serialized_end=1925
-  _globals['_STATRESPONSE_COUNTERSENTRY']._serialized_start=1878
-  _globals['_STATRESPONSE_COUNTERSENTRY']._serialized_end=1925
-  _globals['_POOLSTAT']._serialized_start=1928
-  _globals['_POOLSTAT']._serialized_end=2181
-  _globals['_WATCHREQUEST']._serialized_start=2183
-  _globals['_WATCHREQUEST']._serialized_end=2235
-  _globals['_WATCHRESPONSE']._serialized_start=2238
-  _globals['_WATCHRESPONSE']._serialized_end=2412
-  _globals['_BLOCKCHANGE']._serialized_start=2414
-  _globals['_BLOCKCHANGE']._serialized_end=2501
-  _globals['_WRITEREQUEST']._serialized_start=2503
-  _globals['_WRITEREQUEST']._serialized_end=2585
-  _globals['_WRITERESPONSE']._serialized_start=2587
-  _globals['_WRITERESPONSE']._serialized_end=2618
-  _globals['_READREQUEST']._serialized_start=2620
-  _globals['_READREQUEST']._serialized_end=2724
-  _globals['_READRESPONSE']._serialized_start=2726
-  _globals['_READRESPONSE']._serialized_end=2770
-  _globals['_STORE']._serialized_start=2897
-  _globals['_STORE']._serialized_end=3623
+  _globals['_MATCHRESPONSE']._serialized_end=1270
+  _globals['_RENEWREQUEST']._serialized_start=1272
+  _globals['_RENEWREQUEST']._serialized_end=1341
+  _globals['_RENEWRESPONSE']._serialized_start=1343
+  _globals['_RENEWRESPONSE']._serialized_end=1374
+  _globals['_RELEASEREQUEST']._serialized_start=1376
+  _globals['_RELEASEREQUEST']._serialized_end=1475
+  _globals['_COMPLAINT']._serialized_start=1477
+  _globals['_COMPLAINT']._serialized_end=1529
+  _globals['_RELEASERESPONSE']._serialized_start=1531
+  _globals['_RELEASERESPONSE']._serialized_end=1569
+  _globals['_STATREQUEST']._serialized_start=1571
+  _globals['_STATREQUEST']._serialized_end=1584
+  _globals['_STATRESPONSE']._serialized_start=1587
+  _globals['_STATRESPONSE']._serialized_end=1954
+  _globals['_STATRESPONSE_COUNTERSENTRY']._serialized_start=1907
+  _globals['_STATRESPONSE_COUNTERSENTRY']._serialized_end=1954
+  _globals['_POOLSTAT']._serialized_start=1957
+  _globals['_POOLSTAT']._serialized_end=2210
+  _globals['_WATCHREQUEST']._serialized_start=2212
+  _globals['_WATCHREQUEST']._serialized_end=2264
+  _globals['_WATCHRESPONSE']._serialized_start=2267
+  _globals['_WATCHRESPONSE']._serialized_end=2441
+  _globals['_BLOCKCHANGE']._serialized_start=2443
+  _globals['_BLOCKCHANGE']._serialized_end=2530
+  _globals['_WRITEREQUEST']._serialized_start=2532
+  _globals['_WRITEREQUEST']._serialized_end=2614
+  _globals['_WRITERESPONSE']._serialized_start=2616
+  _globals['_WRITERESPONSE']._serialized_end=2647
+  _globals['_READREQUEST']._serialized_start=2649
+  _globals['_READREQUEST']._serialized_end=2753
+  _globals['_READRESPONSE']._serialized_start=2755
+  _globals['_READRESPONSE']._serialized_end=2799
+  _globals['_STORE']._serialized_start=2926
+  _globals['_STORE']._serialized_end=3652
 # @@protoc_insertion_point(module_scope)

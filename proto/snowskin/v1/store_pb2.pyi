@@ -122,20 +122,22 @@ class MatchRequest(_message.Message):
     def __init__(self, namespaces: _Optional[_Iterable[bytes]] = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ..., max_blocks: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_blocks: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., tail_request_id: _Optional[str] = ...) -> None: ...
 
 class MatchResponse(_message.Message):
-    __slots__ = ("num_blocks", "lease", "runs", "checksums", "wake_reason", "node_epoch")
+    __slots__ = ("num_blocks", "lease", "runs", "checksums", "wake_reason", "node_epoch", "num_blocks_withheld")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     WAKE_REASON_FIELD_NUMBER: _ClassVar[int]
     NODE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_WITHHELD_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     lease: _common_pb2.Lease
     runs: _containers.RepeatedCompositeFieldContainer[_common_pb2.Run]
     checksums: _containers.RepeatedCompositeFieldContainer[_common_pb2.Checksums]
     wake_reason: WakeReason
     node_epoch: int
-    def __init__(self, num_blocks: _Optional[int] = ..., lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[_common_pb2.Run, _Mapping]]] = ..., checksums: _Optional[_Iterable[_Union[_common_pb2.Checksums, _Mapping]]] = ..., wake_reason: _Optional[_Union[WakeReason, str]] = ..., node_epoch: _Optional[int] = ...) -> None: ...
+    num_blocks_withheld: int
+    def __init__(self, num_blocks: _Optional[int] = ..., lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[_common_pb2.Run, _Mapping]]] = ..., checksums: _Optional[_Iterable[_Union[_common_pb2.Checksums, _Mapping]]] = ..., wake_reason: _Optional[_Union[WakeReason, str]] = ..., node_epoch: _Optional[int] = ..., num_blocks_withheld: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("leases", "ttl_ms")

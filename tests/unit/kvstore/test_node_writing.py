@@ -476,7 +476,7 @@ def test_full_queue_is_refused():
     writer = node.session()
     node.reserve(writer, "a")
     node.call(writer, reserving("b", timeout_s=60))
-    with pytest.raises(LimitExceeded, match="1 reservations queue"):
+    with pytest.raises(LimitExceeded, match="1 reservations wait"):
         node.ask(writer, reserving("c", timeout_s=60), Reserved)
 
 

@@ -27,11 +27,11 @@ def room_of(*calls: WaitingCall) -> WaitingRoom:
 def test_calls_are_kept_in_order_of_arrival():
     one, two = waiting(1, 9.0), waiting(2, 5.0)
     room = room_of(one, two)
-    assert (list(room), room.first(), len(room)) == ([one, two], one, 2)
+    assert (list(room), len(room)) == ([one, two], 2)
     room.remove(one)
-    assert (list(room), room.first()) == ([two], two)
+    assert list(room) == [two]
     room.remove(two)
-    assert (room.first(), len(room)) == (None, 0)
+    assert len(room) == 0
 
 
 def test_calls_may_be_removed_while_they_are_gone_through():
