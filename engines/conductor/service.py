@@ -8,6 +8,7 @@ of the answer and not an error of it.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             # To an operator a request that its user gave up is not finished either.
             num_requests_failed=counts.num_failed + counts.num_cancelled,
         )
+        for address in self._node_addresses():
+            self._set_knowledge(address, response.nodes.add())
         for instance in self._scheduler.view().instances:
             status = response.instances.add(
                 instance_id=instance.instance_id,
@@ -172,11 +175,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, _request: admin_pb2.NodesRequest, _context: Any
     ) -> admin_pb2.NodesResponse:
         """Every node that an instance has named, asked now."""
-        view = self._scheduler.view()
-        addresses = sorted({each.node_address for each in view.instances if each.node_address})
         response = admin_pb2.NodesResponse()
-        stats = [response.nodes.add(address=address) for address in addresses]
+        stats = [response.nodes.add(address=address) for address in self._node_addresses()]
         await asyncio.gather(*(self._ask(status) for status in stats))
+        for status in stats:  # last, so that it is no older than the answers beside it
+            self._set_knowledge(status.address, status.knowledge)
         return response
 
     async def MatchPrompt(  # noqa: N802
@@ -201,6 +204,22 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 for hit in hits
             ],
         )
+
+    def _node_addresses(self) -> list[str]:
+        """Every node that an instance has named."""
+        instances = self._scheduler.view().instances
+        return sorted({each.node_address for each in instances if each.node_address})
+
+    def _set_knowledge(self, address: str, message: admin_pb2.NodeKnowledge) -> None:
+        known = self._scheduler.directory.knowledge(address)
+        message.address = address
+        message.state = known.sync.value
+        message.num_blocks = known.num_blocks
+        message.sequence = known.sequence
+        message.node_epoch = known.node_epoch
+        message.num_astray = known.num_astray
+        if math.isfinite(known.seconds_since_message):
+            message.seconds_since_message = known.seconds_since_message
 
     async def _ask(self, status: admin_pb2.NodeStatus) -> None:
         try:

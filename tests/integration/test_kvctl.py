@@ -27,6 +27,16 @@ POOL = store_pb2.PoolStat(
 )
 
 
+KNOWN = admin_pb2.NodeKnowledge(
+    address="127.0.0.1:8",
+    state="in sync",
+    num_blocks=98765,
+    seconds_since_message=1.25,
+    sequence=11,
+    node_epoch=5,
+)
+
+
 class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
     """One engine, one node that answers, one that does not; remembers the prompts it was asked for."""
 
@@ -46,7 +56,7 @@ class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
             address="127.0.0.1:9", node_address="127.0.0.1:8", seconds_since_report=0.25,
         )  # fmt: skip
         return admin_pb2.ClusterStatusResponse(
-            instances=[instance], model_name="tiny", num_requests_finished=7
+            instances=[instance], model_name="tiny", num_requests_finished=7, nodes=[KNOWN]
         )
 
     async def Nodes(self, request, context):  # noqa: N802
@@ -55,8 +65,12 @@ class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
         )
         return admin_pb2.NodesResponse(
             nodes=[
-                admin_pb2.NodeStatus(address="127.0.0.1:8", stat=stat),
-                admin_pb2.NodeStatus(address="127.0.0.1:7", error="no answer in 1 s"),
+                admin_pb2.NodeStatus(address="127.0.0.1:8", stat=stat, knowledge=KNOWN),
+                admin_pb2.NodeStatus(
+                    address="127.0.0.1:7",
+                    error="no answer in 1 s",
+                    knowledge=admin_pb2.NodeKnowledge(address="127.0.0.1:7", state="unknown"),
+                ),
             ]
         )
 
@@ -105,6 +119,9 @@ async def test_status_shows_instances_and_requests_to_people_and_to_programs(adm
     assert "…" not in out, "nothing is cut, whatever the width of stdout"
     row = next(line.split() for line in out.splitlines() if "127.0.0.1:9" in line)
     assert row[:3] == ["prefill-0", "prefill", "ready"]
+    (known,) = [line for line in out.splitlines() if "98,765" in line]
+    assert "in sync" in known
+    assert "1.2 s ago" in known
     status, out, err = await kvctl("--json", "status", conductor=admin.address)
     answer = json.loads(out)
     assert (status, err) == (0, "")
@@ -123,7 +140,10 @@ async def test_nodes_lists_also_the_node_that_does_not_answer(admin):
     assert status == 0
     assert first["stat"]["pools"][0]["tier"] == "dram"
     assert first["stat"]["counters"] == {"evicted": 3}
-    assert second == {"address": "127.0.0.1:7", "stat": None, "error": "no answer in 1 s"}
+    assert first["knowledge"]["num_blocks"] == 98765
+    assert (second["stat"], second["error"]) == (None, "no answer in 1 s")
+    assert second["knowledge"]["state"] == "unknown"
+    assert second["knowledge"]["seconds_since_message"] is None
 
 
 async def test_match_takes_a_text_a_file_or_tokens_and_no_hit_is_no_failure(admin, tmp_path):

@@ -53,8 +53,29 @@ class InstanceStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeKnowledge:
+    """What the conductor knows of one node without asking it.
+
+    Attributes:
+        state: in sync, syncing, suspect or unknown; requests are placed by nodes in sync.
+        num_blocks: known to be there, in all namespaces.
+        seconds_since_message: how old that may be; None where the node never told anything.
+        sequence: the node's last change that is in it.
+        num_astray: how often what the node told did not follow, so that all was asked anew.
+    """
+
+    address: str
+    state: str
+    num_blocks: int
+    seconds_since_message: float | None
+    sequence: int
+    node_epoch: int
+    num_astray: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """The instances, and what became of the requests."""
+    """The instances, what became of the requests, and what is known of the nodes."""
 
     model_name: str
     instances: tuple[InstanceStatus, ...]
@@ -62,6 +83,7 @@ class ClusterStatus:
     num_requests_finished: int
     num_requests_refused: int
     num_requests_failed: int
+    nodes: tuple[NodeKnowledge, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +93,7 @@ class NodeStatus:
     address: str
     stat: NodeStat | None = None
     error: str = ""
+    knowledge: NodeKnowledge | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +163,7 @@ class AdminClient:
             num_requests_finished=answer.num_requests_finished,
             num_requests_refused=answer.num_requests_refused,
             num_requests_failed=answer.num_requests_failed,
+            nodes=tuple(_knowledge(node) for node in answer.nodes),
         )
 
     async def nodes(self) -> tuple[NodeStatus, ...]:
@@ -151,6 +175,7 @@ class AdminClient:
                 address=node.address,
                 stat=wire.stat_from(node.stat) if node.HasField("stat") else None,
                 error=node.error,
+                knowledge=_knowledge(node.knowledge) if node.HasField("knowledge") else None,
             )
             for node in answer.nodes
         )
@@ -178,6 +203,19 @@ class AdminClient:
                 for node in answer.nodes
             ),
         )
+
+
+def _knowledge(message: admin_pb2.NodeKnowledge) -> NodeKnowledge:
+    told = message.HasField("seconds_since_message")
+    return NodeKnowledge(
+        address=message.address,
+        state=message.state,
+        num_blocks=message.num_blocks,
+        seconds_since_message=message.seconds_since_message if told else None,
+        sequence=message.sequence,
+        node_epoch=message.node_epoch,
+        num_astray=message.num_astray,
+    )
 
 
 def _instance(message: admin_pb2.InstanceStatus) -> InstanceStatus:

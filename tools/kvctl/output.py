@@ -125,6 +125,11 @@ def nbytes_text(nbytes: float) -> str:
     return f"{nbytes:.1f} GiB"
 
 
+def age_text(seconds: float | None) -> str:
+    """How long ago, for people; a dash where it never was."""
+    return "-" if seconds is None else f"{seconds:.1f} s ago"
+
+
 def rate_text(value: float, unit: str) -> str:
     """A measured rate for people; a dash while it is unknown."""
     return f"{value:,.0f} {unit}" if value > 0 else "-"

@@ -7,6 +7,7 @@ import click
 from snowskin.tools.kvctl.admin import AdminClient, ClusterStatus
 from snowskin.tools.kvctl.output import (
     KvctlSettings,
+    age_text,
     ask,
     nbytes_text,
     print_json,
@@ -20,9 +21,11 @@ from snowskin.tools.kvctl.output import (
 @click.command()
 @with_settings
 def status(settings: KvctlSettings) -> None:
-    """Instances with their load, and counts of requests.
+    """Instances with their load, counts of requests, and what is known of the nodes.
 
-    A `suspect` instance has missed its reports or failed a call, and gets no new requests.
+    A `suspect` instance has missed its reports or failed a call, and gets no new requests. Requests are placed by the
+    blocks known of nodes that are `in sync`; one that is `syncing`, `suspect` or `unknown` is asked each time.
+    `kvctl nodes` asks the nodes themselves.
     """
     answer = ask(settings, AdminClient.cluster_status)
     if settings.json:
@@ -62,4 +65,13 @@ def _print(answer: ClusterStatus) -> None:
         str(answer.num_requests_refused),
         str(answer.num_requests_failed),
     )
-    print_table(instances, requests)
+    known = table("node", "directory", "#blocks known", "#last heard", "#astray", title="nodes")
+    for node in answer.nodes:
+        known.add_row(
+            node.address,
+            node.state,
+            f"{node.num_blocks:,}",
+            age_text(node.seconds_since_message),
+            str(node.num_astray),
+        )
+    print_table(instances, requests, *([known] if answer.nodes else []))

@@ -35,20 +35,40 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterStatusResponse(_message.Message):
-    __slots__ = ("instances", "model_name", "num_requests_running", "num_requests_finished", "num_requests_refused", "num_requests_failed")
+    __slots__ = ("instances", "model_name", "num_requests_running", "num_requests_finished", "num_requests_refused", "num_requests_failed", "nodes")
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
     model_name: str
     num_requests_running: int
     num_requests_finished: int
     num_requests_refused: int
     num_requests_failed: int
-    def __init__(self, instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., model_name: _Optional[str] = ..., num_requests_running: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_refused: _Optional[int] = ..., num_requests_failed: _Optional[int] = ...) -> None: ...
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeKnowledge]
+    def __init__(self, instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., model_name: _Optional[str] = ..., num_requests_running: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_requests_refused: _Optional[int] = ..., num_requests_failed: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeKnowledge, _Mapping]]] = ...) -> None: ...
+
+class NodeKnowledge(_message.Message):
+    __slots__ = ("address", "state", "num_blocks", "seconds_since_message", "sequence", "node_epoch", "num_astray")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_SINCE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    NODE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_ASTRAY_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    state: str
+    num_blocks: int
+    seconds_since_message: float
+    sequence: int
+    node_epoch: int
+    num_astray: int
+    def __init__(self, address: _Optional[str] = ..., state: _Optional[str] = ..., num_blocks: _Optional[int] = ..., seconds_since_message: _Optional[float] = ..., sequence: _Optional[int] = ..., node_epoch: _Optional[int] = ..., num_astray: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
     __slots__ = ("instance_id", "role", "address", "node_address", "load", "state", "seconds_since_report", "block_size")
@@ -81,14 +101,16 @@ class NodesResponse(_message.Message):
     def __init__(self, nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("address", "stat", "error")
+    __slots__ = ("address", "stat", "error", "knowledge")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STAT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    KNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     address: str
     stat: _store_pb2.StatResponse
     error: str
-    def __init__(self, address: _Optional[str] = ..., stat: _Optional[_Union[_store_pb2.StatResponse, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
+    knowledge: NodeKnowledge
+    def __init__(self, address: _Optional[str] = ..., stat: _Optional[_Union[_store_pb2.StatResponse, _Mapping]] = ..., error: _Optional[str] = ..., knowledge: _Optional[_Union[NodeKnowledge, _Mapping]] = ...) -> None: ...
 
 class MatchPromptRequest(_message.Message):
     __slots__ = ("text", "token_ids")
