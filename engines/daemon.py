@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from snowskin.engines.cancellation import Background
 from snowskin.engines.model.config import ModelConfig
+from snowskin.engines.nearest import connect_nearest
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.config import format_nbytes, setting
 from snowskin.kvstore.errors import BadSetting
@@ -272,7 +273,7 @@ async def _open_engine(
 
     def link_to(address: str) -> StoreLink:
         return StoreLink(
-            functools.partial(connect, address),
+            functools.partial(connect_nearest, address, connect),
             memory.host_view(),
             namespace=layout.namespace,
             block_nbytes=memory.block_nbytes,

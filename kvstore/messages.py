@@ -257,6 +257,7 @@ class NodeStat:
     num_waiting_reserves: int
     counters: Mapping[str, int] = field(default_factory=dict)
     draining: bool = False
+    door: str = ""
 
 
 ReplyMessage = Reserved | Committed | Aborted | Probed | Matched | Renewed | Released | NodeStat

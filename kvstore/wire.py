@@ -356,6 +356,7 @@ def _set_stat(message: store_pb2.StatResponse, stat: NodeStat) -> None:
     message.node_id = stat.node_id
     message.node_epoch = stat.node_epoch
     message.draining = stat.draining
+    message.door = stat.door
     for name in _COUNTS:
         setattr(message, name, getattr(stat, name))
     for name, count in stat.counters.items():
@@ -421,6 +422,7 @@ def stat_from(message: store_pb2.StatResponse) -> NodeStat:
         node_id=message.node_id,
         node_epoch=message.node_epoch,
         draining=message.draining,
+        door=message.door,
         counters=dict(message.counters),
         pools=tuple(
             PoolStat(

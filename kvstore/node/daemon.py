@@ -119,6 +119,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
         door = LocalDoor(shell, path, tracer=tracer)
         door.open()
         stack.callback(door.close)
+        shell.state.door = f"unix:{path}"
         service = StoreService(shell, settings.watch_limits())
         stack.callback(service.close)
         server = await stack.enter_async_context(
@@ -153,7 +154,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             id=shell.state.node_id,
             address=server.address,
             http_address=f"{settings.host}:{health.port}",
-            door=f"unix:{path}",
+            door=shell.state.door,
         )
         await stop.wait()
         await server.say_draining()

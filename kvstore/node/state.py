@@ -84,6 +84,7 @@ class NodeState:
         self.epoch = epoch
         self.limits = limits or NodeLimits()
         self.draining = False
+        self.door = ""  # where clients of this host come in; for Stat
         self.sessions = SessionTable()
         self.residence = Residence(
             pools,
@@ -298,6 +299,7 @@ class NodeState:
             num_waiting_reserves=len(self._writing.waiting),
             counters=dict(self.residence.counters),
             draining=self.draining,
+            door=self.door,
         )
 
     @property

@@ -186,6 +186,7 @@ replies = st.one_of(
             num_waiting_reserves=U32,
             counters=st.dictionaries(TEXT, U64, max_size=3),
             draining=st.booleans(),
+            door=TEXT,
         ),
     ),
 )

@@ -180,7 +180,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("node_id", "node_epoch", "pools", "num_blocks", "num_read_leases", "num_write_leases", "num_sessions", "num_waiting_matches", "num_waiting_reserves", "counters", "draining")
+    __slots__ = ("node_id", "node_epoch", "pools", "num_blocks", "num_read_leases", "num_write_leases", "num_sessions", "num_waiting_matches", "num_waiting_reserves", "counters", "draining", "door")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class StatResponse(_message.Message):
     NUM_WAITING_RESERVES_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DOOR_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     node_epoch: int
     pools: _containers.RepeatedCompositeFieldContainer[PoolStat]
@@ -210,7 +211,8 @@ class StatResponse(_message.Message):
     num_waiting_reserves: int
     counters: _containers.ScalarMap[str, int]
     draining: bool
-    def __init__(self, node_id: _Optional[str] = ..., node_epoch: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStat, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_waiting_matches: _Optional[int] = ..., num_waiting_reserves: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ...) -> None: ...
+    door: str
+    def __init__(self, node_id: _Optional[str] = ..., node_epoch: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStat, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_waiting_matches: _Optional[int] = ..., num_waiting_reserves: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ..., door: _Optional[str] = ...) -> None: ...
 
 class PoolStat(_message.Message):
     __slots__ = ("pool_id", "tier", "tenant", "capacity_nbytes", "free_nbytes", "committed_nbytes", "reserved_nbytes", "quarantined_nbytes", "largest_hole_nbytes", "leased_nbytes")
