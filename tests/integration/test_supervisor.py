@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from snowskin.tools.cluster import supervised as supervised_module
 from snowskin.tools.cluster.child import Child, describe_exit
 from snowskin.tools.cluster.errors import ChildFailed
 from snowskin.tools.cluster.restarts import RestartLimits
 from snowskin.tools.cluster.supervised import ChildSpec, Supervised
+from snowskin.tools.cluster.vital_signs import NUM_LOOKS, until_silent
 
 TOY = Path(__file__).parent.parent / "support" / "toy_child.py"
 IMPATIENT = RestartLimits(first_delay_s=0.01, max_delay_s=0.02, max_quick_deaths=4)
@@ -87,6 +89,61 @@ async def test_a_child_that_dies_at_once_is_given_up_after_the_limit():
         assert process.state == "failed"
     (failure,) = failures
     assert "toy-0 died 4 times in a row, the last time with exit status 4" in str(failure)
+
+
+async def test_a_child_that_answers_no_more_is_killed_and_comes_back(caplog):
+    async with supervised(toy_spec("unwell", hang_s=0.5)) as (process, failures):
+        first = await process.start()
+        process.send(signal.SIGSTOP)
+        again = await process.wait_ready(min_starts=2, timeout_s=TIMEOUT_S)
+        assert again.pid != first.pid
+        assert not psutil.pid_exists(first.pid)
+        assert "child hangs" in caplog.text
+        assert "killed by SIGKILL" in caplog.text
+    assert failures == []
+
+
+async def test_a_child_that_answers_is_left_alone_however_unwell_it_is(caplog):
+    asked = asyncio.Event()
+    num_asked = 0
+
+    def on_line(line):
+        nonlocal num_asked
+        num_asked += line == "/healthz"
+        if num_asked == 2 * NUM_LOOKS:
+            asked.set()
+
+    async with supervised(toy_spec("unwell", hang_s=0.5, forward=on_line)) as (process, _):
+        await process.start()
+        async with asyncio.timeout(TIMEOUT_S):
+            await asked.wait()
+        assert process.num_starts == 1
+    assert "child hangs" not in caplog.text
+
+
+async def test_nobody_looks_after_a_child_where_that_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(supervised_module, "until_silent", None)
+    async with supervised(toy_spec("unwell")) as (process, _):
+        await process.start()
+        process.send(signal.SIGKILL)
+        await process.wait_ready(min_starts=2, timeout_s=TIMEOUT_S)
+
+
+async def test_a_stop_ends_a_child_that_hangs(caplog):
+    async with supervised(toy_spec("unwell", hang_s=600.0, drain_s=0.05)) as (process, _):
+        await process.start()
+        process.send(signal.SIGSTOP)
+        async with asyncio.timeout(TIMEOUT_S):
+            await process.stop(hurry=asyncio.get_running_loop().create_future())
+        assert process.pid is None
+
+
+async def test_a_port_where_nobody_listens_is_silent_only_after_the_whole_time():
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    async with asyncio.timeout(TIMEOUT_S):
+        await until_silent("127.0.0.1:1", 0.2)
+    assert loop.time() - began_s >= 0.2
 
 
 async def test_without_restart_the_first_death_is_reported():

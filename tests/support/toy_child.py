@@ -10,7 +10,26 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
+import threading
+
+
+def serve_health() -> str:
+    """Answers every request: not well."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                path = connection.recv(4096).split()[1]
+                connection.sendall(b"HTTP/1.1 503 unwell\r\n\r\n")
+                print(path.decode(), flush=True)
+
+    threading.Thread(target=answer, daemon=True).start()
+    host, port = listener.getsockname()
+    return f"{host}:{port}"
 
 
 def main() -> int:
@@ -36,6 +55,8 @@ def main() -> int:
         os.write(arguments.ready_fd, b"[1, 2]\n")
     elif arguments.mode != "mute":
         line = {"role": "toy", "address": arguments.address, "pid": os.getpid(), "newer": 1}
+        if arguments.mode == "unwell":
+            line["http_address"] = serve_health()
         os.write(arguments.ready_fd, json.dumps(line).encode() + b"\n")
     if arguments.mode == "die-soon":
         return 4

@@ -319,6 +319,7 @@ class LocalCluster:
             start_timeout_s=settings.start_timeout_s,
             drain_s=settings.drain_s + STOP_MARGIN_S,
             restart=settings.restart,
+            hang_s=settings.hang_s,
         )
 
     @property

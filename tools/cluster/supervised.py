@@ -1,7 +1,8 @@
 """One child that is kept alive: started, watched, started again, stopped.
 
 Rules kept here: one owner, this class, starts and stops the child; a stop beats a restart that is under way. When to
-start again is decided by `RestartHistory`. A restarted child gets the command that its last facts ask for, so that
+start again is decided by `RestartHistory`. A child that is ready and answers no more is as good as dead, and is killed.
+A restarted child gets the command that its last facts ask for, so that
 it comes back under the addresses that others know. Every event is one log line with the child's name.
 """
 
@@ -17,6 +18,7 @@ from snowskin.kvstore.telemetry import get_logger
 from snowskin.tools.cluster.child import Child, Forward, Ready, describe_exit
 from snowskin.tools.cluster.errors import ChildFailed, ChildGivenUp
 from snowskin.tools.cluster.restarts import GiveUp, RestartHistory, RestartLimits
+from snowskin.tools.cluster.vital_signs import until_silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +37,7 @@ class ChildSpec:
         start_timeout_s: seconds from start to the ready line.
         drain_s: seconds from SIGTERM to SIGKILL.
         restart: whether a death is followed by a start.
+        hang_s: seconds without any answer at `/healthz` after which a ready child is killed; 0 is never.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ChildSpec:
     start_timeout_s: float = 120.0
     drain_s: float = 10.0
     restart: bool = True
+    hang_s: float = 0.0
     limits: RestartLimits = field(default_factory=RestartLimits)
 
 
@@ -136,7 +140,7 @@ class Supervised:
 
     async def _watch(self) -> None:
         while (child := self._child) is not None:
-            status = await asyncio.shield(child.exited)
+            status = await self._ended(child)
             now_s = asyncio.get_running_loop().time()
             log.warning("child died", child=self.name, pid=child.pid, why=describe_exit(status))
             decision = self._history.on_death(ready_at_s=child.ready_at_s, now_s=now_s)
@@ -154,6 +158,23 @@ class Supervised:
                 self.send(signal.SIGKILL)  # the next round counts the death and decides
             else:
                 await self._on_ready(facts)
+
+    async def _ended(self, child: Child) -> int:
+        """The exit status of a child that has ended by itself, or because it answered no more."""
+        address = self.facts.http_address if self.facts is not None else ""
+        if not address or not self.spec.hang_s or child.ready_at_s is None:
+            return await asyncio.shield(child.exited)
+        silence = asyncio.create_task(until_silent(address, self.spec.hang_s))
+        try:
+            await asyncio.wait((child.exited, silence), return_when=asyncio.FIRST_COMPLETED)
+            if child.running:
+                silence.result()  # raises what broke it
+                log.error("child hangs", child=self.name, pid=child.pid, silent_s=self.spec.hang_s)
+                child.send(signal.SIGKILL)
+            return await asyncio.shield(child.exited)
+        finally:
+            silence.cancel()
+            await asyncio.wait((silence,))
 
     async def _give_up(self, child: Child, status: int) -> None:
         tail = "".join(f"\n    {line}" for line in child.tail())

@@ -32,6 +32,9 @@ class UpSettings:
         0, help=f"gRPC port of the conductor; 0: {DEFAULT_CONDUCTOR_PORT}, or a free one."
     )
     restart: bool = setting(True, help="Start a role again when it dies.")
+    hang_s: float = setting(
+        30.0, help="Seconds without an answer at /healthz before a role is killed; 0: never."
+    )
     start_timeout_s: float = setting(120.0, help="Seconds that a role may take to be ready.")
     drain_s: float = setting(10.0, help="Seconds that running work gets when it stops.")
     log_level: LogLevel = setting("info", help="Least level that is logged.")
@@ -46,6 +49,8 @@ class UpSettings:
         for name in ("start_timeout_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds > 0")
+        if not self.hang_s >= 0:
+            raise BadSetting(f"hang_s is {self.hang_s}", hint="give seconds, or 0 for never")
         if self.chunk_tokens % self.block_size:
             raise BadSetting(
                 f"chunk_tokens {self.chunk_tokens} is no multiple of block_size {self.block_size}",
