@@ -19,6 +19,7 @@ from snowskin.engines.conductor.directory import SILENCE_S, Directory
 from snowskin.engines.conductor.engine_client import EngineClients
 from snowskin.engines.conductor.http import HttpFront
 from snowskin.engines.conductor.intake import ServedModel
+from snowskin.engines.conductor.metrics import ConductorMetrics
 from snowskin.engines.conductor.nodes import Nodes
 from snowskin.engines.conductor.pipeline import Pipeline
 from snowskin.engines.conductor.policies.registry import make_policy
@@ -39,7 +40,8 @@ from snowskin.kvstore.clock import SystemClock
 from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.messages import Access
-from snowskin.kvstore.role import RoleSettings, Stop, announce_ready
+from snowskin.kvstore.metrics import Metrics
+from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.telemetry import get_logger, serve_app
 from snowskin.v1 import admin_pb2_grpc, conductor_pb2_grpc
@@ -77,6 +79,9 @@ class ConductorSettings(RoleSettings):
         SILENCE_S, help="Seconds without news from a node, after which it is asked instead."
     )
     report_interval_s: float = setting(0.5, help="Seconds between two reports of an instance.")
+    trace_ratio: float = setting(
+        1.0, help="Share of requests to trace, of those whose caller does not say; 0 to 1."
+    )
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot work.
@@ -88,6 +93,8 @@ class ConductorSettings(RoleSettings):
         super().__post_init__()
         if not self.model:
             raise BadSetting("model is not set", hint="give the model's directory: --model DIR")
+        if not 0.0 <= self.trace_ratio <= 1.0:
+            raise BadSetting(f"trace_ratio is {self.trace_ratio}", hint="give 0 to 1")
         make_policy(self.policy)
         for name in ("max_requests", "default_max_tokens"):
             if getattr(self, name) < 1:
@@ -137,6 +144,8 @@ class Conductor:
                 max_waiting=settings.max_waiting_requests,
             ),
         )
+        self.metrics = Metrics(ROLE)
+        counts = ConductorMetrics(self.metrics, self.scheduler)
         self.pipeline = Pipeline(
             self.scheduler,
             self.engines,
@@ -144,8 +153,9 @@ class Conductor:
             RunLimits(
                 request_timeout_s=settings.request_timeout_s, max_retries=settings.max_retries
             ),
+            metrics=counts,
         )
-        self.front = HttpFront(self.pipeline, model, clock)
+        self.front = HttpFront(self.pipeline, model, clock, metrics=self.metrics, counts=counts)
         self.services = (
             (
                 conductor_pb2_grpc.add_ConductorServicer_to_server,
@@ -200,6 +210,10 @@ async def serving_conductor(settings: ConductorSettings) -> AsyncIterator[Servin
     model = await asyncio.to_thread(_served_model, settings)
     conductor = Conductor(settings, model)
     async with AsyncExitStack() as stack:
+        tracer = stack.enter_context(
+            tracer_of(settings, role=ROLE, instance_id=ROLE, ratio=settings.trace_ratio)
+        )
+        conductor.pipeline.tracer = tracer
         stack.push_async_callback(conductor.close)
         server = await stack.enter_async_context(
             serving(
@@ -208,6 +222,8 @@ async def serving_conductor(settings: ConductorSettings) -> AsyncIterator[Servin
                 port=settings.port,
                 service_names=(CONDUCTOR_SERVICE, ADMIN_SERVICE),
                 role=ROLE,
+                metrics=conductor.metrics,
+                tracer=tracer,
             )
         )
         http_port = await stack.enter_async_context(

@@ -27,6 +27,7 @@ from snowskin.engines.messages import (
     PrefillStats,
     Prompt,
 )
+from snowskin.kvstore import tracing
 from snowskin.kvstore.rpc import ERROR_HEADER, call_metadata, open_channel, rpc_error_to_error
 from snowskin.kvstore.wire import to_ms
 from snowskin.v1 import common_pb2, engine_pb2, engine_pb2_grpc
@@ -192,9 +193,10 @@ class EngineClients:
             timeout_ms=to_ms(timeout_s),
         )
         async with self._line(instance) as line:
-            call = line.stub.Prefill(request, timeout=timeout_s, metadata=call_metadata(log_id))
-            with _instance_errors(instance.instance_id):
-                response = await call  # cancelling the wait cancels the call
+            with tracing.span("prefill", instance=instance.instance_id):
+                call = line.stub.Prefill(request, timeout=timeout_s, metadata=call_metadata(log_id))
+                with _instance_errors(instance.instance_id):
+                    response = await call  # cancelling the wait cancels the call
         return PrefillResponse(
             handoff=Handoff(**_fields(response.handoff, _HANDOFF)),
             stats=PrefillStats(**_fields(response.stats, _PREFILL_STATS)),
@@ -206,11 +208,12 @@ class EngineClients:
     ) -> AsyncIterator[DecodeCall]:
         """An open Decode stream; leaving the block cancels what is still under way."""
         async with self._line(instance) as line:
-            call = line.stub.Decode(timeout=timeout_s, metadata=call_metadata(log_id))
-            try:
-                yield DecodeCall(call, instance.instance_id)
-            finally:
-                await _over(call)
+            with tracing.span("decode", instance=instance.instance_id):
+                call = line.stub.Decode(timeout=timeout_s, metadata=call_metadata(log_id))
+                try:
+                    yield DecodeCall(call, instance.instance_id)
+                finally:
+                    await _over(call)
 
     async def close_all_but(self, known: Collection[tuple[str, int]]) -> None:
         """Closes channels to processes that are gone, unless a call still uses them."""

@@ -54,7 +54,8 @@ from snowskin.engines.conductor.openai_answers import (
 )
 from snowskin.engines.conductor.run import STOP
 from snowskin.engines.conductor.sse import ClientGone, EventStream, while_connected
-from snowskin.kvstore.telemetry import bind_request, get_logger
+from snowskin.kvstore.metrics import Metrics
+from snowskin.kvstore.telemetry import bind_request, get_logger, metrics_response
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp
 
+    from snowskin.engines.conductor.metrics import ConductorMetrics
     from snowskin.engines.conductor.pipeline import Pipeline
     from snowskin.engines.conductor.run import Run
     from snowskin.kvstore.clock import Clock
@@ -95,24 +97,36 @@ class _Piece:
 class HttpFront:
     """The routes and what they need."""
 
-    def __init__(self, pipeline: Pipeline, model: ServedModel, clock: Clock) -> None:
-        """Answers for one model."""
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        model: ServedModel,
+        clock: Clock,
+        *,
+        metrics: Metrics | None = None,
+        counts: ConductorMetrics | None = None,
+    ) -> None:
+        """Answers for one model; `counts` are part of `metrics`."""
+        self._metrics = metrics
+        self._counts = counts
         self._pipeline = pipeline
         self._model = model
         self._clock = clock
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/v1/completions", _guarded(self._completion), methods=["POST"]),
                 Route("/v1/chat/completions", _guarded(self._chat), methods=["POST"]),
                 Route("/v1/models", _guarded(self._models), methods=["GET"]),
                 Route("/v1/models/{name:path}", _guarded(self._one_model), methods=["GET"]),
                 Route("/healthz", _guarded(self._health), methods=["GET"]),
+                Route("/metrics", _guarded(self._scrape), methods=["GET"]),
             ],
             exception_handlers={HTTPException: _no_such_route},
         )
+        return app if self._counts is None else self._counts.counted(app)
 
     # --- endpoints
 
@@ -183,6 +197,9 @@ class HttpFront:
         if reason:
             facts["reason"] = reason
         return _json(request_id_of(request), facts, status=503 if reason else 200)
+
+    async def _scrape(self, _request: HttpRequest) -> Response:
+        return metrics_response(self._metrics or Metrics("conductor"))
 
     def _model_object(self) -> JsonObject:
         return {

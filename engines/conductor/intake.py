@@ -23,6 +23,7 @@ from snowskin.engines.conductor.errors import (
 from snowskin.engines.conductor.job import Job, Sampling
 from snowskin.engines.conductor.openai import ChatRequest, CompletionRequest
 from snowskin.engines.errors import BadPrompt
+from snowskin.kvstore.tracing import TRACEPARENT_HEADER, TRACESTATE_HEADER
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
@@ -50,6 +51,8 @@ class Headers:
     request_id: str
     use_cache: bool
     with_stats: bool
+    traceparent: str = ""
+    tracestate: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,13 @@ def headers_of(request: HttpRequest) -> Headers:
         )
     cache = _one_of(request, CACHE_HEADER, {"on": True, "off": False}, absent="on")
     stats = _one_of(request, STATS_HEADER, {"0": False, "1": True}, absent="0")
-    return Headers(request_id=request_id_of(request), use_cache=cache, with_stats=stats)
+    return Headers(
+        request_id=request_id_of(request),
+        use_cache=cache,
+        with_stats=stats,
+        traceparent=request.headers.get(TRACEPARENT_HEADER, ""),
+        tracestate=request.headers.get(TRACESTATE_HEADER, ""),
+    )
 
 
 async def body_of(request: HttpRequest) -> bytes:
@@ -151,6 +160,8 @@ async def job_of(
         use_cache=headers.use_cache,
         salt=secrets.token_hex(16),
         arrived_at_s=arrived_at_s,
+        traceparent=headers.traceparent,
+        tracestate=headers.tracestate,
         user=_pseudonym(request.user) if request.user else "",
     )
 

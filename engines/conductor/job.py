@@ -40,6 +40,7 @@ class Job:
         use_cache: whether cached blocks are read and new ones left.
         salt: unguessable; parts the block keys of a job without cache from all others.
         arrived_at_s: when the request reached the conductor; TTFT counts from here.
+        traceparent: W3C trace context that the request came with, unread; as `tracestate`.
         user: a keyed hash of the end user whom the request names, or "": for logs, to tell who asks
             much without saying who.
     """
@@ -52,6 +53,8 @@ class Job:
     use_cache: bool = True
     salt: str = ""
     arrived_at_s: float = 0.0
+    traceparent: str = ""
+    tracestate: str = ""
     user: str = ""
 
 

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
     from snowskin.engines.conductor.engine_client import EngineClients
     from snowskin.engines.conductor.job import Job
+    from snowskin.engines.conductor.metrics import ConductorMetrics
     from snowskin.engines.conductor.scheduler import Scheduler
     from snowskin.kvstore.clock import Clock
+    from snowskin.kvstore.tracing import Tracer
 
 log = get_logger(__name__)
 
@@ -38,9 +40,13 @@ class Pipeline:
         engines: EngineClients,
         clock: Clock,
         limits: RunLimits | None = None,
+        *,
+        metrics: ConductorMetrics | None = None,
     ) -> None:
         """Places by `scheduler`, calls by `engines`."""
         self.scheduler = scheduler
+        self.tracer: Tracer | None = None  # of requests that are traced
+        self._metrics = metrics
         self._engines = engines
         self._clock = clock
         self._limits = limits or RunLimits()
@@ -90,15 +96,38 @@ class Pipeline:
         )
         state.on_request_started(run.id)
         self._idle.clear()
-        task = asyncio.create_task(run.work(), name=f"run:{run.id}")
+        meter = self._metrics.request(self._clock, job.arrived_at_s) if self._metrics else None
+        if meter is not None:
+            run.on_emit = meter.emitted
+        work = run.work() if self.tracer is None else self._traced(self.tracer, run)
+        task = asyncio.create_task(work, name=f"run:{run.id}")
         try:
             yield run
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             state.on_request_ended(run.id, run.outcome)
+            if meter is not None:
+                meter.ended(run.outcome, run.report, run.error)
             if not state.counts().num_running:
                 self._idle.set()
+
+    async def _traced(self, tracer: Tracer, run: Run) -> None:
+        job = run.job
+        waited_s = self._clock.now_s() - job.arrived_at_s
+        with tracer.beginning(
+            "request", job.traceparent, job.tracestate, request_id=run.id, intake_s=waited_s
+        ) as span:
+            try:
+                await run.work()
+            finally:
+                if span is not None:
+                    span.annotate(
+                        outcome=str(run.outcome),
+                        num_prompt_tokens=run.report.num_prompt_tokens,
+                        num_cached_tokens=run.report.num_cached_tokens or 0,
+                        num_generated_tokens=run.report.num_generated_tokens,
+                    )
 
     @property
     def is_draining(self) -> bool:
@@ -126,7 +155,10 @@ class Pipeline:
         refusal = check_number(num_in_flight, self.scheduler.policy.limits)
         if refusal is not None:
             state.on_request_turned_away()
-            raise RequestRefused.because(refusal)
+            error = RequestRefused.because(refusal)
+            if self._metrics is not None:
+                self._metrics.refused(error)
+            raise error
 
     def _internal_id(self, request_id: str) -> str:
         """The user's id, or one of its own where that is running already: tails are named by it."""

@@ -37,6 +37,8 @@ from snowskin.kvstore.telemetry import bind_request, get_logger
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from snowskin.engines.conductor.engine_client import DecodeCall, EngineClients
     from snowskin.engines.conductor.leftovers import Sweeper
     from snowskin.engines.conductor.request import Request
@@ -95,6 +97,8 @@ class Run:
         id: the job's, unless a job of the same id was running; names it to the instances.
         report: what it cost so far.
         outcome: how it ended, or how it will have ended if it is left now.
+        error: why it was not finished.
+        on_emit: is told how many tokens have come, as they come.
     """
 
     def __init__(
@@ -113,6 +117,8 @@ class Run:
         self.job = job
         self.report = JobReport(num_prompt_tokens=len(job.token_ids))
         self.outcome = Outcome.CANCELLED
+        self.error: SnowskinError | None = None
+        self.on_emit: Callable[[int], None] | None = None
         self._scheduler = scheduler
         self._engines = engines
         self._sweeper = sweeper
@@ -316,6 +322,7 @@ class Run:
                 return ""  # the attempt ends with prefill's error
             attempt.handed_off = True
             await call.hand_off(prefill.result())
+            log.info("handed off", position=prefill.result().position)
             output = await reading
         finally:
             reading.cancel()
@@ -389,11 +396,14 @@ class Run:
     async def _emit(self, event: Event, token_ids: tuple[int, ...]) -> None:
         # Recorded and queued without a pause between: a replay must know of every queued token.
         self._emitted.extend(token_ids)
+        if self.on_emit is not None:
+            self.on_emit(len(token_ids))
         self.report.num_generated_tokens = len(self._emitted)
         await self._events.put(event)
 
     async def _fail(self, error: SnowskinError) -> None:
         self.outcome = Outcome.REFUSED if isinstance(error, RequestRefused) else Outcome.FAILED
+        self.error = error
         log.warning("request failed", reason=error.reason, error=str(error))
         await self._events.put(error)
 

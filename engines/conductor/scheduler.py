@@ -28,6 +28,8 @@ from snowskin.engines.conductor.request import (
 )
 from snowskin.engines.messages import CachePolicy, Prompt
 from snowskin.kvstore.blocks import KeyColumn, block_hashes
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import traced
 from snowskin.kvstore.directory.presence import Presence, num_leading_ones
 from snowskin.kvstore.telemetry import get_logger
 
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 OFF_LOOP_TOKENS = 2_000  # hashing so many takes about a millisecond
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,7 @@ class Scheduler:
                 why = "no prefill and decode instance of one layout are ready"
             await self._wait(changed, deadline_s, why, is_new=is_new)
 
+    @traced("prepare")
     async def prepare(
         self,
         request_id: str,
@@ -260,6 +265,7 @@ class Scheduler:
             timeout_s=self.limits.probe_timeout_s if timeout_s is None else timeout_s,
         )
 
+    @traced("admit")
     async def admit(self, request: Request, *, is_counted: bool = True) -> None:
         """Returns when the request may be placed.
 
@@ -311,11 +317,18 @@ class Scheduler:
         request = replace(request, excluded=excluded)
         placed = await self._wait_for_place(request, stage)
         self.state.on_placed(request.request_id, placed.placement)
+        log.info(
+            "placed",
+            stage=str(stage),
+            instance=placed.instance.instance_id,
+            num_cached_blocks=placed.placement.num_cached_blocks,
+        )
         try:
             yield placed
         finally:
             self.state.on_stage_ended(request.request_id, placed.placement)
 
+    @traced("place")
     async def _wait_for_place(self, request: Request, stage: Stage) -> Placed:
         deadline_s = self._clock.now_s() + self.limits.instance_wait_s
         while True:
