@@ -28,10 +28,9 @@ from snowskin.engines.conductor.request import (
 )
 from snowskin.engines.messages import CachePolicy, Prompt
 from snowskin.kvstore.blocks import KeyColumn, block_hashes
-from snowskin.kvstore.telemetry import get_logger
-from snowskin.kvstore.tracing import traced
 from snowskin.kvstore.directory.presence import Presence, num_leading_ones
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import traced
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
     from snowskin.engines.conductor.state import ConductorState
     from snowskin.engines.conductor.view import ClusterView, InstanceView
     from snowskin.kvstore.clock import Clock
-
-log = get_logger(__name__)
 
 OFF_LOOP_TOKENS = 2_000  # hashing so many takes about a millisecond
 
