@@ -7,6 +7,8 @@ was undecided, and what follows one is not looked at any more.
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from snowskin.engines.model.llama import Span, load_model
 from snowskin.engines.model.sampler import SamplingParams, sample
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -98,6 +100,54 @@ class OnePiece:
             ):
                 answer.append(_chosen(row, sampling, len(prompt) + step + 1))
         return answers
+
+    def follow(self, conversations: Sequence[tuple[Sequence[int], Sequence[range]]]) -> Agreement:
+        """Reads whole conversations, and at each generated position says what it would have chosen itself.
+
+        Args:
+            conversations: the token ids of each from its first to its last, and the positions that were generated
+                greedily. A conversation is read once, however many turns it has.
+        """
+        num_tokens = num_rounding = 0
+        wrong: list[str] = []
+        for first in range(0, len(conversations), NUM_SIDE_BY_SIDE):
+            for index, position, token_id, chosen in self._follow(
+                conversations[first : first + NUM_SIDE_BY_SIDE]
+            ):
+                num_tokens += 1
+                if token_id == chosen.token_id:
+                    continue
+                if chosen.is_undecided:
+                    num_rounding += 1
+                else:
+                    wrong.append(
+                        f"conversation {first + index}, position {position}: {token_id}, not {chosen.token_id}"
+                    )
+        return Agreement(num_tokens=num_tokens, num_rounding=num_rounding, wrong=tuple(wrong))
+
+    def _follow(
+        self, conversations: Sequence[tuple[Sequence[int], Sequence[range]]]
+    ) -> Iterator[tuple[int, int, int, Chosen]]:
+        sizes = [-(-len(token_ids) // BLOCK_SIZE) for token_ids, _ in conversations]
+        memory = KvMemory(self._model.config, sum(sizes), BLOCK_SIZE)
+        tables = [memory.allocate(size) for size in sizes]
+        left = [deque(itertools.chain(*generated)) for _, generated in conversations]
+        fed = [0] * len(conversations)
+        while indices := [index for index, positions in enumerate(left) if positions]:
+            positions = [left[index].popleft() for index in indices]
+            spans = [
+                Span(
+                    token_ids=conversations[index][0][fed[index] : position],
+                    start=fed[index],
+                    block_ids=tables[index],
+                )
+                for index, position in zip(indices, positions, strict=True)
+            ]
+            rows = self._model.forward(spans, memory)
+            for row, index, position in zip(rows, indices, positions, strict=True):
+                fed[index] = position
+                chosen = _chosen(row, GREEDY, position)
+                yield index, position, conversations[index][0][position], chosen
 
 
 def _chosen(logits: torch.Tensor, sampling: SamplingParams, position: int) -> Chosen:
