@@ -34,6 +34,7 @@ from snowskin.engines.messages import (
 from snowskin.engines.meter import Meter
 from snowskin.engines.publisher import BlockPublisher, PublishRules
 from snowskin.engines.sequence import LENGTH, Drawn, KeyChain, Sequence
+from snowskin.kvstore import tracing
 from snowskin.kvstore.errors import BadRequest
 from snowskin.kvstore.messages import WakeReason
 from snowskin.kvstore.telemetry import get_logger
@@ -208,6 +209,12 @@ class DecodeInstance:
             await emit(DecodeOutput(finish_reason=reason, stats=stats))
             return
         await self._pull_rest(start, sequence, keys, received, tally)
+        log.info(
+            "pulled",
+            num_blocks=tally.num_blocks_pulled,
+            nbytes=tally.pulled_nbytes,
+            seconds=round(tally.pull_s, 4),
+        )
         tally.num_recomputed_tokens = sequence.num_pending
         if sequence.num_pending:
             log.warning("KV lost, computing it here", num_tokens=sequence.num_pending)
@@ -262,6 +269,7 @@ class DecodeInstance:
                 num_empty += 1
                 await asyncio.wait([handoff], timeout=min(backoff_s, left_s))
 
+    @tracing.traced("await hand-off")
     async def _await_handoff(
         self,
         start: DecodeStart,
@@ -278,6 +286,7 @@ class DecodeInstance:
             )
         received = handoff.result()
         tally.handoff_s = tally.handoff_s or time.monotonic() - tally.began_s
+        log.info("hand-off received", seconds=round(tally.handoff_s, 4))
         if received.position != sequence.num_prompt_tokens:
             raise BadRequest(
                 f"hand-off at position {received.position}, the prompt has "
@@ -292,6 +301,7 @@ class DecodeInstance:
             )
         return received
 
+    @tracing.traced("pull rest")
     async def _pull_rest(
         self,
         start: DecodeStart,
@@ -337,6 +347,7 @@ class DecodeInstance:
     def _num_here(self, sequence: Sequence) -> int:
         return sequence.num_computed // self._limits.block_size
 
+    @tracing.traced("pull")
     async def _pull(
         self,
         link: StoreLink,
@@ -385,6 +396,7 @@ class DecodeInstance:
         tally.num_blocks_corrupt += error.status == "DATA_LOSS"
         log.warning("pull failed", reason=error.reason, error=str(error))
 
+    @tracing.traced("generate")
     async def _generate(
         self,
         sequence: Sequence,
@@ -414,6 +426,8 @@ class DecodeInstance:
                     return tokens[-1].finish_reason
         finally:
             await self._batch.leave(sequence)
+            num_tokens = len(sequence.token_ids) - sequence.num_prompt_tokens
+            tracing.annotate(num_tokens=num_tokens, step_s=self.meter.decode_step_s.value)
 
     async def _finish_publishing(self, publisher: BlockPublisher) -> None:
         try:

@@ -31,6 +31,7 @@ from snowskin.engines.model.sampler import SampledToken
 from snowskin.engines.publisher import BlockPublisher, PublishRules
 from snowskin.engines.runner import Draw
 from snowskin.engines.sequence import Drawn, KeyChain, Sequence
+from snowskin.kvstore import tracing
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import SnowskinError
 
@@ -181,6 +182,7 @@ class PrefillInstance:
             async with self._turn:
                 self._waiting.discard(sequence)
                 tally.queue_s = time.monotonic() - tally.began_s
+                tracing.record("queue", seconds=tally.queue_s)
                 if prompt.cache_policy is not CachePolicy.OFF:
                     # What came from other nodes is published too: the own one lacks it.
                     publisher.skip(await self._pull_cached(request, sequence, keys, tally))
@@ -200,6 +202,13 @@ class PrefillInstance:
                 and await publisher.publish_tail(sequence.block_ids[-1])
             )
         self.num_publish_failures += publisher.failed
+        log.info(
+            "published",
+            num_blocks=publisher.num_blocks,
+            nbytes=publisher.nbytes,
+            has_tail=tail_sent,
+            seconds=round(publisher.seconds, 4),
+        )
         return PrefillResponse(
             handoff=Handoff(
                 first_token_id=drawn.token_id,
@@ -211,6 +220,7 @@ class PrefillInstance:
             stats=_stats(num_tokens, tally, publisher),
         )
 
+    @tracing.traced("pull cached")
     async def _pull_cached(
         self, request: PrefillRequest, sequence: Sequence, keys: KeyChain, tally: _Tally
     ) -> int:
@@ -235,6 +245,12 @@ class PrefillInstance:
                 break
         tally.num_cached_tokens = sequence.num_computed
         tally.pull_s = time.monotonic() - began_s
+        log.info(
+            "pulled",
+            num_blocks=tally.num_blocks_pulled,
+            nbytes=tally.pulled_nbytes,
+            seconds=round(tally.pull_s, 4),
+        )
         return num_own
 
     async def _pull(
@@ -268,6 +284,7 @@ class PrefillInstance:
             sequence.num_computed += num_tokens
             tally.num_computed_tokens += num_tokens
             tally.compute_s += step.seconds
+            tracing.record("chunk", seconds=step.seconds, num_tokens=num_tokens)
             self.meter.prefilled(num_tokens=num_tokens, seconds=step.seconds)
             publisher.ready(sequence.num_computed // self._limits.block_size)
             if is_last:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from snowskin.engines.cancellation import outlast
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import traced
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class BlockPublisher:
         assert self._task is not None, "publishers are used as context managers"
         await asyncio.wait([self._task])
 
+    @traced("publish tail")
     async def publish_tail(self, block_id: int) -> bool:
         """Publishes a whole block as the request's tail, behind all blocks; whether it went out."""
         assert self._stopped, "the tail comes last"
@@ -140,6 +142,7 @@ class BlockPublisher:
             async with self._rules.gate:
                 await self._publish_next()
 
+    @traced("publish")
     async def _publish_next(self) -> None:
         first = self._next
         last = min(self._num_ready, first + self._rules.max_blocks)
