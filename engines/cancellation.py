@@ -8,7 +8,7 @@ beside a process has an owner who ends it, and who ends with it if it fails.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Coroutine
@@ -35,6 +35,17 @@ async def outlast(work: Awaitable[T]) -> T:
             task.exception()  # looked at, or asyncio complains of an error that nobody saw
         raise cancelled
     return task.result()
+
+
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Waits until a task that was cancelled is over, however often its owner is cancelled meanwhile.
+
+    What became of it is nobody's business any more.
+    """
+    if not task.done():
+        await outlast(asyncio.wait([task]))
+    if not task.cancelled():
+        task.exception()  # looked at, or asyncio complains of an error that nobody saw
 
 
 class Background:

@@ -85,6 +85,9 @@ class EngineSettings(RoleSettings):
     max_waiting: int = setting(64, help="Requests that wait; more are refused.")
     pull_timeout_s: float = setting(2.0, help="Longest pull of cached blocks.")
     publish_timeout_s: float = setting(2.0, help="Longest wait for room at the node.")
+    lookup_budget_s: float = setting(
+        0.012, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
+    )
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is loaded."""
@@ -93,6 +96,10 @@ class EngineSettings(RoleSettings):
             raise BadSetting("no model is named", hint="give --model DIR, a model's directory")
         if not self.node:
             raise BadSetting("no node is named", hint="give --node unix:/path, or host:port")
+        if not 0.0 < self.lookup_budget_s <= 60.0:
+            raise BadSetting(
+                f"lookup_budget_s is {self.lookup_budget_s}", hint="give seconds, 0.012 is usual"
+            )
         if self.device != "cpu":
             raise BadSetting(f"device is {self.device!r}", hint="this build needs cpu")
         if self.threads < 0 or self.max_context_tokens < 0:
@@ -194,9 +201,10 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
 
         def check() -> tuple[bool, dict[str, object]]:
             facts = {"role": settings.role, "id": instance_id, "node_connected": link.connected}
+            facts |= {"node_breaker": str(link.guard.breaker.state)}
             if registration is not None:
                 facts["conductor_connected"] = registration.connected
-            is_whole = link.connected and (registration is None or registration.connected)
+            is_whole = link.usable and (registration is None or registration.connected)
             return is_whole and not engine.instance.draining, facts
 
         health = await stack.enter_async_context(
@@ -277,6 +285,8 @@ async def _open_engine(
             memory.host_view(),
             namespace=layout.namespace,
             block_nbytes=memory.block_nbytes,
+            name=address,
+            lookup_budget_s=settings.lookup_budget_s,
         )
 
     link = link_to(settings.node)

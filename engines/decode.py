@@ -16,13 +16,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from snowskin.engines.batch import Batch, Plan
 from snowskin.engines.errors import HandoffMissing, InstanceDraining, KvMemoryExhausted
 from snowskin.engines.kv_room import KvRoom
 from snowskin.engines.leftovers import discard_leftovers
+from snowskin.engines.link import Waiting
 from snowskin.engines.messages import (
     CachePolicy,
     DecodeOutput,
@@ -45,14 +46,13 @@ if TYPE_CHECKING:
     from snowskin.engines.link import StoreLink
     from snowskin.engines.nodes import NodeLinks
     from snowskin.engines.runner import ModelRunner, Step
+    from snowskin.kvstore.client.breaker import LookupBudget
     from snowskin.kvstore.client.machine import Pulled
 
 Emit = Callable[[DecodeOutput], Awaitable[None]]
 
 MAX_PUBLISHES = 2
-# One wait for the writer's next commit. Transfers are never cancelled in the middle, so this is
-# also how long a cancelled request, or one whose KV is lost, may still wait.
-WAIT_S = 0.25
+WAIT_S = 0.25  # one wait for the writer's next commit
 BACKOFF_S = (0.02, 0.05, 0.1, 0.25)
 
 log = get_logger(__name__)
@@ -116,6 +116,7 @@ class DecodeInstance:
             prefill_tokens_per_s=self.meter.prefill_tokens_per_s.value,
             pull_bytes_per_s=self.meter.pull_bytes_per_s.value,
             decode_step_s=self.meter.decode_step_s.value,
+            **asdict(self._nodes.standing()),
         )
 
     async def run(self) -> None:
@@ -201,14 +202,16 @@ class DecodeInstance:
         tally: _Tally,
     ) -> None:
         keys = KeyChain(start.prompt, self._limits.block_size)
-        await self._pull_early(start, sequence, keys, handoff, tally)
+        # For what is pulled after the hand-off; before it, waiting costs nothing.
+        budget = self._nodes.own.new_budget()
+        await self._pull_early(start, sequence, keys, handoff, tally, budget)
         received = await self._await_handoff(start, sequence, handoff, tally)
         if received.finish_reason or sequence.max_length == sequence.num_prompt_tokens + 1:
             stats = _stats(sequence, tally, None)
             reason = received.finish_reason or LENGTH
             await emit(DecodeOutput(finish_reason=reason, stats=stats))
             return
-        await self._pull_rest(start, sequence, keys, received, tally)
+        await self._pull_rest(start, sequence, keys, received, tally, budget)
         log.info(
             "pulled",
             num_blocks=tally.num_blocks_pulled,
@@ -244,23 +247,26 @@ class DecodeInstance:
         keys: KeyChain,
         handoff: asyncio.Future[Handoff],
         tally: _Tally,
+        budget: LookupBudget,
     ) -> None:
         """Pulls blocks as they are committed, until all are here or the hand-off is."""
         num_blocks = sequence.num_prompt_tokens // self._limits.block_size
         deadline_s = tally.began_s + start.handoff_timeout_s
-        links = await self._nodes.among(start.prompt.node_addresses)
-        # The conductor names the node first to which prefill publishes.
-        writer = await self._nodes.at(next(iter(start.prompt.node_addresses), "")) or links[0]
         num_empty = 0
         while self._num_here(sequence) < num_blocks and not handoff.done():
             left_s = deadline_s - time.monotonic()
             if left_s <= 0.0:
                 return
+            # Looked up each time: a node may have gone, or come back.
+            links = await self._nodes.among(start.prompt.node_addresses)
             if len(links) > 1 and await self._pull_round(links, sequence, keys, tally):
                 continue
-            pulled = await self._pull(
-                writer, sequence, keys, tally, wait_blocks=1, timeout_s=min(WAIT_S, left_s)
-            )
+            # The conductor names the node first to which prefill publishes.
+            writer = await self._nodes.at(next(iter(start.prompt.node_addresses), ""))
+            pulled = None
+            if writer is not None and writer.usable:
+                waiting = Waiting(min(WAIT_S, left_s), handoff, budget)
+                pulled = await self._pull(writer, sequence, keys, tally, waiting=waiting)
             if pulled is not None and pulled.num_blocks:
                 num_empty = 0
             elif pulled is None or pulled.wake_reason is not WakeReason.TIMEOUT:
@@ -309,6 +315,7 @@ class DecodeInstance:
         keys: KeyChain,
         received: Handoff,
         tally: _Tally,
+        budget: LookupBudget,
     ) -> None:
         """What is committed by now: blocks, then the tail; the rest is lost."""
         num_blocks = sequence.num_prompt_tokens // self._limits.block_size
@@ -316,7 +323,7 @@ class DecodeInstance:
         if self._num_here(sequence) < num_blocks:
             named = (received.node_address, *start.prompt.node_addresses)
             links = await self._nodes.among(named)
-            while await self._pull_round(links, sequence, keys, tally):
+            while await self._pull_round(links, sequence, keys, tally, budget):
                 continue
         if self._num_here(sequence) < num_blocks:
             await self._discard(start)  # of no use without the blocks before them
@@ -326,7 +333,10 @@ class DecodeInstance:
         began_s = time.monotonic()
         try:
             pulled = await writer.pull_tail(
-                sequence.block_ids[num_blocks], request_id=sequence.request_id
+                sequence.block_ids[num_blocks],
+                budget=budget,
+                timeout_s=self._limits.pull_timeout_s,
+                request_id=sequence.request_id,
             )
         except SnowskinError as error:
             self._count_failure(error, tally)
@@ -335,13 +345,19 @@ class DecodeInstance:
         sequence.num_computed = sequence.num_prompt_tokens
 
     async def _pull_round(
-        self, links: list[StoreLink], sequence: Sequence, keys: KeyChain, tally: _Tally
+        self,
+        links: list[StoreLink],
+        sequence: Sequence,
+        keys: KeyChain,
+        tally: _Tally,
+        budget: LookupBudget | None = None,
     ) -> bool:
         """One pull from each node of what is still missing; whether anything came."""
         num_before = self._num_here(sequence)
+        num_blocks = sequence.num_prompt_tokens // self._limits.block_size
         for link in links:
-            if self._num_here(sequence) < sequence.num_prompt_tokens // self._limits.block_size:
-                await self._pull(link, sequence, keys, tally, timeout_s=self._limits.pull_timeout_s)
+            if self._num_here(sequence) < num_blocks and link.usable:
+                await self._pull(link, sequence, keys, tally, budget=budget)
         return self._num_here(sequence) > num_before
 
     def _num_here(self, sequence: Sequence) -> int:
@@ -355,10 +371,10 @@ class DecodeInstance:
         keys: KeyChain,
         tally: _Tally,
         *,
-        wait_blocks: int = 0,
-        timeout_s: float,
+        budget: LookupBudget | None = None,
+        waiting: Waiting | None = None,
     ) -> Pulled | None:
-        """One pull behind what is here; None where it failed."""
+        """One pull behind what is here; None where it failed, or found nothing before the hand-off."""
         num_here = self._num_here(sequence)
         num_blocks = sequence.num_prompt_tokens // self._limits.block_size
         began_s = time.monotonic()
@@ -366,14 +382,19 @@ class DecodeInstance:
             pulled = await link.pull(
                 keys.column(num_here, num_blocks),
                 sequence.block_ids[num_here:num_blocks],
-                wait_blocks=wait_blocks,
-                timeout_s=timeout_s,
+                budget=budget,
+                waiting=waiting,
+                timeout_s=self._limits.pull_timeout_s,
                 request_id=sequence.request_id,
             )
         except SnowskinError as error:
             self._count_failure(error, tally)
             return None
-        self._count(pulled, began_s, tally, waited=wait_blocks > 0)
+        if pulled is None:
+            return None
+        if pulled.broken_by is not None:
+            self._count_failure(pulled.broken_by, tally)
+        self._count(pulled, began_s, tally, waited=waiting is not None)
         tally.num_blocks_pulled += pulled.num_blocks
         sequence.num_computed += pulled.num_blocks * self._limits.block_size
         return pulled
@@ -432,7 +453,7 @@ class DecodeInstance:
     async def _finish_publishing(self, publisher: BlockPublisher) -> None:
         try:
             async with asyncio.timeout(self._limits.publish_timeout_s):
-                await publisher.finish()
+                await publisher.finish(self._nodes.own.new_budget())
         except TimeoutError:
             log.warning("publishing cut short", seconds=self._limits.publish_timeout_s)
 

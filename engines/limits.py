@@ -30,7 +30,7 @@ class EngineLimits:
         chunk_tokens: tokens that a prefill chunk computes; a multiple of `block_size`.
         max_running: sequences that hold KV memory at once.
         max_waiting: requests that wait for it.
-        pull_timeout_s: how long one pull may take.
+        pull_timeout_s: how long the copy of one pull may take.
         publish_timeout_s: how long one publish may take, waiting for room included.
     """
 

@@ -118,7 +118,7 @@ class DecodeOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceLoad:
-    """What an instance is doing; rates are moving averages, 0 while unknown."""
+    """What an instance is doing, and how its nodes answer; rates are moving averages, 0 while unknown."""
 
     num_waiting: int
     num_running: int
@@ -129,3 +129,6 @@ class InstanceLoad:
     prefill_tokens_per_s: float
     pull_bytes_per_s: float
     decode_step_s: float
+    num_nodes_silent: int = 0
+    num_silences: int = 0
+    num_calls_late: int = 0

@@ -1,30 +1,56 @@
 """The nodes that an instance reaches: its own, always; others when a prompt names them.
 
-Rules kept here: the own node is asked first and by its local door; another one is connected when it
-is first named, by gRPC, and stays connected; one that does not answer is left alone for a while and
-costs a request at most `CONNECT_TIMEOUT_S`. An address that turns out to be the own node is the own
-node.
+Rules kept here: the own node is asked first and by its local door; another one is connected in the
+background when it is first named, stays connected while it is named now and then, and is connected
+again by itself when it is lost. No request waits for a connection that failed before; for a first
+one it waits a moment. An address that turns out to be the own node is the own node.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from snowskin.engines.cancellation import ended
 from snowskin.kvstore.telemetry import get_logger
-from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from snowskin.engines.link import StoreLink
 
-CONNECT_TIMEOUT_S = 0.5
-RETRY_S = 2.0
+# A first connection, to a node that lives, takes some milliseconds, and happens once.
+FIRST_CONNECT_S = 0.1
+IDLE_S = 60.0  # a node that nobody has named for so long is let go
 MAX_OTHERS = 64
 
 log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Other:
+    """Another node: its link, and the task that keeps it connected."""
+
+    link: StoreLink
+    keeping: asyncio.Task[None]
+    named_at_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStanding:
+    """How an instance's nodes answer.
+
+    Attributes:
+        num_nodes_silent: nodes that are left alone now.
+        num_silences: how often one was.
+        num_calls_late: calls that were given up.
+    """
+
+    num_nodes_silent: int = 0
+    num_silences: int = 0
+    num_calls_late: int = 0
 
 
 class NodeLinks:
@@ -46,57 +72,103 @@ class NodeLinks:
         self.own = own
         self.own_address = own_address
         self._link_to = link_to
-        self._others: dict[str, StoreLink] = {}
-        self._retry_at_s: dict[str, float] = {}
-        self._opening = asyncio.Lock()
+        self._others: dict[str, _Other] = {}
+        self._closed = False
+        self._past = NodeStanding()  # of nodes that were let go
+
+    def standing(self) -> NodeStanding:
+        """How the nodes answer."""
+        guards = [link.guard for link in self.links]
+        return NodeStanding(
+            num_nodes_silent=sum(not guard.usable for guard in guards),
+            num_silences=sum(
+                (guard.breaker.num_opened for guard in guards), self._past.num_silences
+            ),
+            num_calls_late=sum((guard.num_late for guard in guards), self._past.num_calls_late),
+        )
+
+    @property
+    def links(self) -> list[StoreLink]:
+        """To the own node and to every other one that is known now."""
+        return [self.own, *(other.link for other in self._others.values())]
+
+    def want(self, addresses: Iterable[str]) -> None:
+        """Begins to connect, so that the first request that names one of them need not wait."""
+        for address in addresses:
+            self._other(address)
 
     async def among(self, addresses: Iterable[str]) -> list[StoreLink]:
-        """The own node's link, then those of `addresses` that answer, each node once."""
-        links = [self.own]
-        for address in addresses:
+        """Links to nodes that can be asked now: the own one, then those of `addresses`, each once."""
+        links = [self.own] if self.own.usable else []
+        wanted = list(dict.fromkeys(addresses))
+        self.want(wanted)  # all at once: the waits below overlap
+        for address in wanted:
             link = await self.at(address)
-            if link is not None and link not in links:
+            if link is not None and link.usable and link not in links:
                 links.append(link)
         return links
 
     async def at(self, address: str) -> StoreLink | None:
-        """The link to the node at `address`; None where it cannot be reached now."""
+        """The link to the node at `address`; None where it is not connected now."""
         if not address or address == self.own_address:
             return self.own
-        if self._link_to is None:
+        other = self._other(address)
+        if other is None:
             return None
-        async with self._opening:
-            link = self._others.get(address)
-            if link is None or not link.connected:
-                link = await self._open(address)
-        if link is not None and link.node_epoch == self.own.node_epoch:
-            return self.own
-        return link
+        link = other.link
+        if not link.connected and not link.tried.is_set():
+            try:
+                async with asyncio.timeout(FIRST_CONNECT_S):
+                    await link.tried.wait()
+            except TimeoutError:
+                log.warning("another node is not reached in time", node=address)
+                link.tried.set()  # nobody else waits for it
+        if not link.connected:
+            return None
+        return self.own if link.node_epoch == self.own.node_epoch else link
 
     async def close(self) -> None:
         """Closes the links to other nodes; the own one belongs to whoever runs it."""
-        for link in self._others.values():
-            await link.close()
-        self._others.clear()
+        self._closed = True
+        others = list(self._others.values())
+        for other in others:
+            other.keeping.cancel()
+        for other in others:
+            await ended(other.keeping)
 
-    async def _open(self, address: str) -> StoreLink | None:
-        lost = self._others.pop(address, None)
-        if lost is not None:
-            await lost.close()
-        if time.monotonic() < self._retry_at_s.get(address, 0.0) or (
-            len(self._others) >= MAX_OTHERS
-        ):
+    def _other(self, address: str) -> _Other | None:
+        """The other node at this address, from now on kept connected; None where that cannot be."""
+        other = self._others.get(address)
+        if other is not None:
+            other.named_at_s = time.monotonic()
+            return other
+        if self._link_to is None or not address or address == self.own_address or self._closed:
             return None
-        assert self._link_to is not None, "checked by the caller"
+        if len(self._others) >= MAX_OTHERS:
+            log.warning("too many nodes are named", node=address, num_nodes=len(self._others))
+            return None
         link = self._link_to(address)
+        keeping = asyncio.create_task(self._keep(address, link), name=f"link to {address}")
+        other = self._others[address] = _Other(link, keeping)
+        return other
+
+    async def _keep(self, address: str, link: StoreLink) -> None:
+        """Keeps one link connected until nobody has named its node for a while."""
+        running = asyncio.create_task(link.run(), name=f"link {address}")
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await link.open()
-        except (SnowskinError, TimeoutError) as error:
-            log.warning("another node is unreachable", node=address, error=str(error))
-            if len(self._retry_at_s) >= MAX_OTHERS:
-                self._retry_at_s.clear()
-            self._retry_at_s[address] = time.monotonic() + RETRY_S
-            return None
-        self._others[address] = link
-        return link
+            while not running.done():
+                left_s = self._others[address].named_at_s + IDLE_S - time.monotonic()
+                if left_s <= 0.0:
+                    return
+                await asyncio.wait([running], timeout=left_s)
+            running.result()  # it ends only by an error that nobody foresaw
+        except Exception as error:
+            log.error("link broke", node=address, error=repr(error), exc_info=error)
+        finally:
+            self._others.pop(address, None)
+            self._past = NodeStanding(
+                num_silences=self._past.num_silences + link.guard.breaker.num_opened,
+                num_calls_late=self._past.num_calls_late + link.guard.num_late,
+            )
+            running.cancel()
+            await ended(running)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from snowskin.engines.errors import InstanceDraining, InstanceOverloaded
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from snowskin.engines.messages import PrefillRequest
     from snowskin.engines.nodes import NodeLinks
     from snowskin.engines.runner import ModelRunner
+    from snowskin.kvstore.client.breaker import LookupBudget
 
 MAX_PUBLISHES = 2  # of the whole instance at once, a chunk each: what may be reserved, uncommitted
 
@@ -110,6 +111,7 @@ class PrefillInstance:
             prefill_tokens_per_s=self.meter.prefill_tokens_per_s.value,
             pull_bytes_per_s=self.meter.pull_bytes_per_s.value,
             decode_step_s=0.0,
+            **asdict(self._nodes.standing()),
         )
 
     async def prefill(self, request: PrefillRequest) -> PrefillResponse:
@@ -176,6 +178,8 @@ class PrefillInstance:
         )
         num_tokens = len(prompt.token_ids)
         has_tail = num_tokens % limits.block_size > 0
+        # One for the whole way to the first token.
+        budget = self._nodes.own.new_budget()
         async with BlockPublisher(
             self._nodes.own, keys, sequence.block_ids, rules, request_id=request.request_id
         ) as publisher:
@@ -185,7 +189,7 @@ class PrefillInstance:
                 tracing.record("queue", seconds=tally.queue_s)
                 if prompt.cache_policy is not CachePolicy.OFF:
                     # What came from other nodes is published too: the own one lacks it.
-                    publisher.skip(await self._pull_cached(request, sequence, keys, tally))
+                    publisher.skip(await self._pull_cached(request, sequence, keys, tally, budget))
                     publisher.ready(sequence.num_computed // limits.block_size)
                 elif sequence.max_length == num_tokens + 1:
                     # No decode follows, and nobody else may read these blocks.
@@ -194,12 +198,12 @@ class PrefillInstance:
                     # Its whole block travels; the slots behind the prompt must be nobody's bytes.
                     self._runner.memory.zero(sequence.block_ids[-1])
                 drawn = await self._compute(sequence, publisher, tally)
-            await publisher.finish()
+            await publisher.finish(budget)
             # A request that its first token ended has no decode that would read the tail.
             tail_sent = (
                 has_tail
                 and not drawn.finish_reason
-                and await publisher.publish_tail(sequence.block_ids[-1])
+                and await publisher.publish_tail(sequence.block_ids[-1], budget)
             )
         self.num_publish_failures += publisher.failed
         log.info(
@@ -222,9 +226,18 @@ class PrefillInstance:
 
     @tracing.traced("pull cached")
     async def _pull_cached(
-        self, request: PrefillRequest, sequence: Sequence, keys: KeyChain, tally: _Tally
+        self,
+        request: PrefillRequest,
+        sequence: Sequence,
+        keys: KeyChain,
+        tally: _Tally,
+        budget: LookupBudget,
     ) -> int:
-        """Pulls what any node has of the prompt; how many blocks the own node gave first."""
+        """Pulls what any node has of the prompt; how many blocks the own node gave first.
+
+        Where a node fails, breaks off or gives a broken block, the next one goes on behind what is
+        here; only what none of them has is computed.
+        """
         block_size = self._limits.block_size
         num_blocks = (len(sequence.token_ids) - 1) // block_size
         num_own = 0
@@ -237,8 +250,8 @@ class PrefillInstance:
         while num_before < sequence.num_computed < num_blocks * block_size:
             num_before = sequence.num_computed
             for link in links:
-                if sequence.num_computed < num_blocks * block_size:
-                    await self._pull(link, sequence, keys, num_blocks, tally)
+                if sequence.num_computed < num_blocks * block_size and link.usable:
+                    await self._pull(link, sequence, keys, num_blocks, tally, budget)
                 if link is self._nodes.own and num_before == 0:
                     num_own = sequence.num_computed // block_size
             if len(links) == 1:
@@ -254,26 +267,39 @@ class PrefillInstance:
         return num_own
 
     async def _pull(
-        self, link: StoreLink, sequence: Sequence, keys: KeyChain, num_blocks: int, tally: _Tally
+        self,
+        link: StoreLink,
+        sequence: Sequence,
+        keys: KeyChain,
+        num_blocks: int,
+        tally: _Tally,
+        budget: LookupBudget,
     ) -> None:
         first = sequence.num_computed // self._limits.block_size
         try:
             pulled = await link.pull(
                 keys.column(first, num_blocks),
                 sequence.block_ids[first:num_blocks],
+                budget=budget,
                 timeout_s=self._limits.pull_timeout_s,
                 request_id=sequence.request_id,
             )
         except SnowskinError as error:
-            self.num_pull_failures += 1
-            log.warning("pull failed, computing", reason=error.reason, error=str(error))
+            self._count_failure(error)
             return
+        assert pulled is not None, "a pull that waits for nothing has an answer"
+        if pulled.broken_by is not None:
+            self._count_failure(pulled.broken_by)
         # Blocks before a corrupt one are good; what follows is computed again.
         sequence.num_computed += pulled.num_blocks * self._limits.block_size
         tally.num_blocks_pulled += pulled.num_blocks
         tally.pulled_nbytes += pulled.nbytes
         tally.num_blocks_corrupt += len(pulled.corrupt_blocks)
         self.meter.pulled(nbytes=pulled.nbytes, seconds=pulled.seconds)
+
+    def _count_failure(self, error: SnowskinError) -> None:
+        self.num_pull_failures += 1
+        log.warning("pull failed, going on without", reason=error.reason, error=str(error))
 
     async def _compute(self, sequence: Sequence, publisher: BlockPublisher, tally: _Tally) -> Drawn:
         while True:

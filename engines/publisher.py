@@ -13,7 +13,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from snowskin.engines.cancellation import outlast
+from snowskin.engines.cancellation import ended
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.tracing import traced
 from snowskin.transport.errors import SnowskinError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from snowskin.engines.link import StoreLink
     from snowskin.engines.sequence import KeyChain
+    from snowskin.kvstore.client.breaker import LookupBudget
+    from snowskin.kvstore.client.machine import Published
 
 log = get_logger(__name__)
 
@@ -90,24 +92,31 @@ class BlockPublisher:
             self._num_ready = num_blocks
             self._changed.set()
 
-    async def finish(self) -> None:
-        """Returns when all that is ready is published, or publishing has failed."""
+    async def finish(self, budget: LookupBudget) -> None:
+        """Returns when all that is ready is published, or publishing has failed.
+
+        A node that does not answer any more costs what is left of `budget`, and then the rest is
+        not published.
+        """
         self._stopped = True
         self._changed.set()
         assert self._task is not None, "publishers are used as context managers"
-        await asyncio.wait([self._task])
+        try:
+            await self._link.while_answering(asyncio.wait([self._task]), budget)
+        except SnowskinError as error:
+            self._fail(error)
 
     @traced("publish tail")
-    async def publish_tail(self, block_id: int) -> bool:
-        """Publishes a whole block as the request's tail, behind all blocks; whether it went out."""
+    async def publish_tail(self, block_id: int, budget: LookupBudget) -> bool:
+        """Publishes a whole block as the request's tail, behind all blocks; whether it went out.
+
+        `budget` as for `finish`.
+        """
         assert self._stopped, "the tail comes last"
         if self.failed:
             return False
         try:
-            async with self._rules.gate:
-                published = await self._link.publish_tail(
-                    block_id, timeout_s=self._rules.timeout_s, request_id=self._request_id
-                )
+            published = await self._link.while_answering(self._publish_tail(block_id), budget)
         except SnowskinError as error:
             self._fail(error)
             return False
@@ -127,7 +136,7 @@ class BlockPublisher:
     ) -> None:
         assert self._task is not None
         self._task.cancel()
-        await outlast(asyncio.wait([self._task]))
+        await ended(self._task)
         if not self._task.cancelled():
             self._task.result()
 
@@ -141,6 +150,12 @@ class BlockPublisher:
                 continue
             async with self._rules.gate:
                 await self._publish_next()
+
+    async def _publish_tail(self, block_id: int) -> Published:
+        async with self._rules.gate:
+            return await self._link.publish_tail(
+                block_id, timeout_s=self._rules.timeout_s, request_id=self._request_id
+            )
 
     @traced("publish")
     async def _publish_next(self) -> None:

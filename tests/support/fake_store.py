@@ -9,9 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.client.machine import Published, Pulled
-from snowskin.kvstore.errors import NodeUnavailable, TailUnknown
-from snowskin.kvstore.messages import WakeReason
+from snowskin.engines.cancellation import outlast
+from snowskin.kvstore.client.machine import AS_THE_CLIENT, Published, Pulled
+from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable, TailUnknown
+from snowskin.kvstore.messages import Probed, WakeReason
 from snowskin.transport.memory import MemoryRegion, region_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class FakeStore:
     """One node's blocks, and what to do wrong.
 
     `faults[operation]` holds errors that the next calls of it raise, one each. Keys in `corrupt`
-    are found broken by whoever pulls them, once. `gate` can be cleared to hold every transfer.
+    are found broken by whoever pulls them, once. `gate` can be cleared to hold every call before it
+    is answered, `copying` to hold every pull in its copy, which ends even where it is cancelled.
     """
 
     blocks: dict[Key, bytes] = field(default_factory=dict)
@@ -44,11 +46,14 @@ class FakeStore:
     max_publishing: int = 0
     num_offered: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    copying: asyncio.Event = field(default_factory=asyncio.Event)
+    num_copying: int = 0
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     clients: list[FakeStoreClient] = field(default_factory=list)
 
     def __post_init__(self):
         self.gate.set()
+        self.copying.set()
 
     async def connect(self) -> FakeStoreClient:
         self.check()
@@ -153,15 +158,19 @@ class FakeStoreClient:
         local_offsets,
         wait_blocks=0,
         timeout_s=2.0,
+        bounds=AS_THE_CLIENT,
         request_id="",
     ) -> Pulled:
         began_s = time.monotonic()
-        await self._begin("pull")
+        await self._answer("pull", bounds, timeout_s)
         keys = keys[: len(local_offsets)]
         reason = await self._wait(namespace, keys, min(wait_blocks, len(keys)), timeout_s)
         num_found = self.store.held(namespace, keys)
+        if num_found and bounds.on_found:
+            bounds.on_found()
         bad = [i for i in range(num_found) if keys[i] in self.store.corrupt]
         good = bad[0] if bad else num_found
+        landing = []
         for index in range(num_found):
             data = self.store.blocks[namespace, keys[index]]
             if index in bad:
@@ -169,9 +178,17 @@ class FakeStoreClient:
                 data = bytes(len(data))
                 self.store.corrupt.discard(keys[index])
                 del self.store.blocks[namespace, keys[index]]
-            _write(local, local_offsets[index], data)
+            landing.append((local_offsets[index], data))
             if (namespace, keys[index]) in self.store.one_reader:
                 self.store.blocks.pop((namespace, keys[index]), None)
+        if not self.store.copying.is_set():
+            self.store.num_copying += 1
+            try:
+                await outlast(self.store.copying.wait())
+            finally:
+                self.store.num_copying -= 1
+        for offset, data in landing:
+            _write(local, offset, data)
         now_s = time.monotonic() - began_s
         return Pulled(
             num_blocks=good,
@@ -191,9 +208,18 @@ class FakeStoreClient:
         return sum(each is not None for each in found)
 
     async def pull_tail(
-        self, *, namespace, tail_id, nbytes, local, local_offset, timeout_s=0.0, request_id=""
+        self,
+        *,
+        namespace,
+        tail_id,
+        nbytes,
+        local,
+        local_offset,
+        timeout_s=0.0,
+        bounds=AS_THE_CLIENT,
+        request_id="",
     ) -> Pulled:
-        await self._begin("pull_tail")
+        await self._answer("pull_tail", bounds, timeout_s)
         assert timeout_s == 0.0, "after the hand-off there is nothing to wait for"
         data = self.store.tails.pop(tail_id, None)
         if data is None:
@@ -210,8 +236,21 @@ class FakeStoreClient:
             first_byte_s=0.001,
         )
 
+    async def probe(self, *, namespaces, keys, request_id="") -> Probed:
+        await self._begin("probe")
+        return Probed(num_blocks=0, present_bitmap=b"", node_epoch=self.node_epoch)
+
     async def close(self) -> None:
         self.closed = True
+
+    async def _answer(self, operation: str, bounds, timeout_s: float) -> None:
+        """A look-up: in time, or DeadlineExceeded."""
+        try:
+            within_s = bounds.lookup_timeout_s
+            async with asyncio.timeout(None if within_s is None else within_s + timeout_s):
+                await self._begin(operation)
+        except TimeoutError:
+            raise DeadlineExceeded("the fake node is silent") from None
 
     async def _begin(self, operation: str) -> None:
         self.store.calls[operation] += 1

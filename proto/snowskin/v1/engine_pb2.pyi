@@ -170,7 +170,7 @@ class StatusResponse(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[str] = ..., load: _Optional[_Union[InstanceLoad, _Mapping]] = ..., draining: bool = ..., node_connected: bool = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "num_waiting_tokens", "num_kv_blocks", "num_kv_blocks_free", "num_tokens_computed", "prefill_tokens_per_s", "pull_bytes_per_s", "decode_step_s")
+    __slots__ = ("num_waiting", "num_running", "num_waiting_tokens", "num_kv_blocks", "num_kv_blocks_free", "num_tokens_computed", "prefill_tokens_per_s", "pull_bytes_per_s", "decode_step_s", "num_nodes_silent", "num_silences", "num_calls_late")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +180,9 @@ class InstanceLoad(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     PULL_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_NODES_SILENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_SILENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CALLS_LATE_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     num_waiting_tokens: int
@@ -189,4 +192,7 @@ class InstanceLoad(_message.Message):
     prefill_tokens_per_s: float
     pull_bytes_per_s: float
     decode_step_s: float
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_kv_blocks_free: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ...) -> None: ...
+    num_nodes_silent: int
+    num_silences: int
+    num_calls_late: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_kv_blocks_free: _Optional[int] = ..., num_tokens_computed: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., pull_bytes_per_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., num_nodes_silent: _Optional[int] = ..., num_silences: _Optional[int] = ..., num_calls_late: _Optional[int] = ...) -> None: ...

@@ -68,6 +68,45 @@ def test_both_spellings_of_rotary_settings_mean_the_same(spelling):
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("absent", [(), ("num_key_value_heads",), ("head_dim",), ("rms_norm_eps",)])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_key_that_is_not_there_means_what_it_means_to_transformers(family, absent, null):
+    transformers = pytest.importorskip("transformers")
+    raw: dict[str, Json] = {
+        **LLAMA,
+        "model_type": family,
+        "hidden_size": 4096,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 16,
+        "head_dim": 48,
+        "rms_norm_eps": 1e-5,
+    }
+    for key in absent:
+        del raw[key]
+        if null and (family, key) not in {("qwen3", "head_dim"), (family, "rms_norm_eps")}:
+            raw[key] = None  # of the others transformers makes nothing
+    config = ModelConfig.from_json(raw)
+    reference = transformers.AutoConfig.for_model(**raw)
+    head_dim = getattr(reference, "head_dim", None) or 4096 // 64
+    assert (config.num_kv_heads, config.head_dim) == (reference.num_key_value_heads, head_dim)
+    assert config.rms_norm_eps == reference.rms_norm_eps
+    assert config.tie_word_embeddings == reference.tie_word_embeddings
+    assert config.rope_theta == reference.rope_parameters["rope_theta"]
+
+
+def test_a_sliding_window_that_is_not_used_is_no_obstacle():
+    for window in (4096, None):
+        changes: dict[str, Json] = {
+            "model_type": "qwen2",
+            "use_sliding_window": False,
+            "sliding_window": window,
+            "max_window_layers": 1,
+            "layer_types": ["full_attention"] * 3,
+        }
+        assert ModelConfig.from_json({**LLAMA, **changes}).num_layers == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -78,6 +117,14 @@ def test_both_spellings_of_rotary_settings_mean_the_same(spelling):
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "mrope"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention"),
+        ({"rope_parameters": {"rope_theta": 1e6, "mrope_section": [8, 8]}}, "mrope_section"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "layer_types"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"head_dim": 33}, "head_dim"),
     ],

@@ -401,18 +401,30 @@ async def test_blocks_of_a_cancelled_pull_are_kept_until_it_has_ended():
     async with open_bench(store.connect) as bench:
         prompt = make_prompt(prompt_tokens(9))
         await bench.run_prefill(prompt, GREEDY)
-        store.gate.clear()
+        store.copying.clear()
         decoding = asyncio.create_task(bench.run_decode(prompt, GREEDY, _future()))
-        num_calls = store.calls["pull"]
-        await until(lambda: store.calls["pull"] > num_calls)
+        await until(lambda: store.num_copying)
         decoding.cancel()
         for _ in range(50):
             await asyncio.sleep(0)
         assert not decoding.done()
         assert not bench.all_free()
-        store.gate.set()
+        store.copying.set()
         with pytest.raises(asyncio.CancelledError):
             await decoding
+        assert bench.all_free()
+
+
+async def test_a_pull_that_waits_for_its_writer_ends_at_once_when_it_is_cancelled():
+    store = FakeStore()
+    async with open_bench(store.connect) as bench:
+        prompt = make_prompt(prompt_tokens(9))
+        decoding = asyncio.create_task(bench.run_decode(prompt, GREEDY, _future()))
+        await until(lambda: store.calls["pull"])
+        decoding.cancel()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert decoding.done()
         assert bench.all_free()
 
 

@@ -10,6 +10,7 @@ import pytest
 from snowskin.engines.cancellation import outlast
 from snowskin.engines.publisher import BlockPublisher, PublishRules
 from snowskin.engines.sequence import KeyChain
+from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.errors import PoolExhausted
 from tests.support.engine_bench import BLOCK_SIZE, make_prompt, prompt_tokens, until
 
@@ -31,11 +32,15 @@ class Link:
         self.published.append((list(keys), list(block_ids), parent_key))
         return SimpleNamespace(num_blocks=len(keys), nbytes=100 * len(keys), seconds=0.5)
 
+    async def while_answering(self, work, budget):
+        return await work
+
     async def publish_tail(self, block_id, *, timeout_s, request_id):
         self.tails.append(block_id)
         return SimpleNamespace(num_blocks=1, nbytes=100, seconds=0.5)
 
 
+BUDGET = LookupBudget(1.0)
 KEYS = list(make_prompt(prompt_tokens(12 * BLOCK_SIZE)).block_keys)
 
 
@@ -54,7 +59,7 @@ async def test_what_is_ready_goes_out_in_order_with_its_parent():
         publishing.ready(5)
         await until(lambda: link.published)
         publishing.ready(7)
-        await publishing.finish()
+        await publishing.finish(BUDGET)
     assert link.published == [
         (KEYS[2:5], [102, 103, 104], KEYS[1]),
         (KEYS[5:7], [105, 106], KEYS[4]),
@@ -66,7 +71,7 @@ async def test_one_publish_is_at_most_a_chunk():
     link = Link()
     async with publisher(link) as publishing:
         publishing.ready(10)
-        await publishing.finish()
+        await publishing.finish(BUDGET)
     assert [len(keys) for keys, _, _ in link.published] == [4, 4, 2]
     assert link.published[0][2] == b""
 
@@ -76,8 +81,8 @@ async def test_the_first_failure_is_the_last_try():
     link.fail_at = 1
     async with publisher(link) as publishing:
         publishing.ready(12)
-        await publishing.finish()
-        assert not await publishing.publish_tail(111)
+        await publishing.finish(BUDGET)
+        assert not await publishing.publish_tail(111, BUDGET)
     assert publishing.failed
     assert len(link.published) == 1
     assert publishing.num_blocks == 4
@@ -94,7 +99,7 @@ async def test_a_publisher_that_is_left_waits_for_the_publish_under_way(monkeypa
         order.append("copied")
 
     async def publish(*arguments, **keywords):
-        await outlast(copy())  # as StoreLink does
+        await outlast(copy())  # as `Connection.move` does
         return SimpleNamespace(num_blocks=1, nbytes=1, seconds=0.1)
 
     monkeypatch.setattr(link, "publish", publish)

@@ -89,6 +89,7 @@ async def test_another_node_that_restarts_is_connected_anew():
         for life in range(3):
             token_ids = prompt_tokens(38, seed=life)
             await until(lambda: bench.prefill_link.connected)
+            await until(lambda: all(link.connected for link in bench.decode._nodes.links))
             tokens, _, answer = await bench.run(
                 token_ids, GREEDY, nodes=["node-0"], request_id=f"r{life}"
             )
