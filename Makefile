@@ -38,12 +38,14 @@ up: $(STAMP) ## a whole cluster on this host, until Ctrl-C
 protos: $(STAMP) ## regenerate proto/snowskin/v1/*_pb2*
 	$(BIN)/python -m snowskin.tools.protos
 
-check: $(STAMP) ## format, lint, types, layers, generated code: no tests
+check: $(STAMP) ## format, lint, types, layers, generated code, Dockerfile and compose file: no tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m snowskin.tools.protos --check
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; else echo "NO HADOLINT FOR THIS PLATFORM: Dockerfile not linted"; fi
 
 test: check ## check, then every suite in order with its seconds
 	$(BIN)/python -m snowskin.tools.suites $(SUITES)

@@ -63,6 +63,18 @@ async def test_the_port_is_free_again_at_once(client):
         assert again.port == server.port
 
 
+async def test_an_idle_server_stops_at_once(client):
+    """Not at the next of several looks: a process that ends waits for this, and so does whoever stops it."""
+    loop = asyncio.get_running_loop()
+    took_s = []
+    for _ in range(5):
+        async with HealthServer(HERE, 0, check=lambda: (True, {})) as server:
+            await client.get(f"http://{HERE}:{server.port}/healthz")
+            ending_at_s = loop.time()
+        took_s.append(loop.time() - ending_at_s)
+    assert min(took_s) < 0.08, took_s
+
+
 async def test_beyond_loopback_is_refused():
     with pytest.raises(InsecureAddress):
         async with HealthServer("0.0.0.0", 0, check=lambda: (True, {})):
