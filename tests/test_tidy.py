@@ -34,6 +34,7 @@ PURE = (
     "engines/conductor/view.py",
     "kvstore/client/breaker.py",
     "kvstore/client/machine.py",
+    "kvstore/client/pieces.py",
     "kvstore/directory/presence.py",
     "kvstore/directory/view.py",
     "kvstore/eviction",

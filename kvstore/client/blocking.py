@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from snowskin.kvstore import tracing
 from snowskin.kvstore.call_spans import name_of_call
-from snowskin.kvstore.client import machine
+from snowskin.kvstore.client import machine, pieces
 from snowskin.kvstore.client.blocking_connection import (
     BlockingDoorConnection,
     BlockingRpcConnection,
@@ -211,7 +211,7 @@ class BlockingStoreClient:
         request_id: str = "",
     ) -> Pulled:
         """Pulls the longest committed run from the first key on; see `StoreClient.pull`."""
-        flow = machine.pull(
+        flow = pieces.pull(
             self._settings,
             namespace=namespace,
             keys=keys,

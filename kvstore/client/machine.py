@@ -240,7 +240,8 @@ class Pulled:
 
     `corrupt_blocks` are indices of blocks whose bytes were not what was committed; the node was told.
     `first_byte_s` are the seconds from the call until bytes began to land, None where none did. `broken_by` is what
-    ended the copy before all had come: what landed before it is good, and counted.
+    ended the copy before all had come: what landed before it is good, and counted. `num_blocks_withheld` are at the
+    node, right behind: no more could be leased at once.
     """
 
     num_blocks: int
@@ -251,6 +252,7 @@ class Pulled:
     seconds: float
     first_byte_s: float | None
     broken_by: SnowskinError | None = None
+    num_blocks_withheld: int = 0
 
 
 @value()
@@ -554,6 +556,13 @@ def _pull(
         released = yield Tell(ReleaseRequest(lease_ids=(lease.id,), complaints=complaints), lease)
     if broken_by is not None:
         ended_at_s = released.ended_at_s
+    num_withheld = 0 if wrong or broken_by else matched.num_blocks_withheld
+    if num_withheld:
+        # Who asks for the rest must not be told that the lease of before is in the way: what was said is heard now.
+        try:
+            yield Call(ReleaseRequest(lease_ids=(lease.id,)), settings.call_timeout_s, lease)
+        except SnowskinError:
+            num_withheld = 0
     return Pulled(
         num_blocks=wrong[0] if wrong else num_good,
         nbytes=num_good * block_nbytes,
@@ -563,6 +572,7 @@ def _pull(
         seconds=ended_at_s - asked.began_at_s,
         first_byte_s=asked.ended_at_s - asked.began_at_s,
         broken_by=broken_by,
+        num_blocks_withheld=num_withheld,
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from snowskin.kvstore import tracing
 from snowskin.kvstore.call_spans import name_of_call
-from snowskin.kvstore.client import machine
+from snowskin.kvstore.client import machine, pieces
 from snowskin.kvstore.client.door_connection import DoorConnection
 from snowskin.kvstore.client.machine import (
     AS_THE_CLIENT,
@@ -259,7 +259,7 @@ class StoreClient:
             NodeUnavailable: the connection broke; nothing landed.
             DeadlineExceeded: the node did not answer in time.
         """
-        flow = machine.pull(
+        flow = pieces.pull(
             self._settings,
             namespace=namespace,
             keys=keys,

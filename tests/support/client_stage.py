@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snowskin.kvstore.client import machine
+from snowskin.kvstore.client import machine, pieces
 from snowskin.kvstore.client.machine import Call, Done, FlowSettings, Move, Tell
 from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.transport.memory import region_of
@@ -24,8 +24,8 @@ SETTINGS = FlowSettings(
 class Stage:
     """A node, its memory, a client's memory, and a driver that fails where it is told to."""
 
-    def __init__(self) -> None:
-        self.node = NodeDriver(blocks=NUM_BLOCKS, max_extent_nbytes=2 * BLOCK)
+    def __init__(self, **limits: Any) -> None:
+        self.node = NodeDriver(blocks=NUM_BLOCKS, max_extent_nbytes=2 * BLOCK, **limits)
         self.session = self.node.session("client")
         self.pool = np.zeros(NUM_BLOCKS * BLOCK, np.uint8)
         self.memory = np.random.default_rng(0).integers(0, 256, NUM_BLOCKS * BLOCK, np.uint8)
@@ -116,7 +116,7 @@ class Stage:
             "wait_blocks": 0,
             "timeout_s": 0.0,
         }
-        return machine.pull(settings, **{**wanted, **changes})
+        return pieces.pull(settings, **{**wanted, **changes})
 
     def publish_tail(self, tail_id: str = "r1") -> Any:
         return machine.publish_tail(
