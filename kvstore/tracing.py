@@ -80,14 +80,14 @@ class Span:
         """Adds facts."""
         self._otel.set_attributes(_named(facts))
 
-    def end(self, error: BaseException | None = None) -> None:
-        """It is over; of an error only the name of its kind is kept."""
+    def end(self, error: BaseException | None = None, *, ended_ns: int | None = None) -> None:
+        """It is over, now or since `ended_ns` after 1970; of an error only its kind is kept."""
         if isinstance(error, asyncio.CancelledError):
             self._otel.set_attribute("snowskin.cancelled", True)
         elif error is not None:
             kind = error.reason if isinstance(error, SnowskinError) else type(error).__name__
             self._otel.set_status(StatusCode.ERROR, kind)
-        self._otel.end()
+        self._otel.end(ended_ns)
 
 
 _CURRENT: ContextVar[Span | None] = ContextVar("snowskin_span", default=None)
