@@ -1,7 +1,8 @@
 """The shape of a decoder, read from a Hugging Face `config.json`.
 
 Rules kept here: a key that would change the result and that this decoder does not compute is
-refused by name, never ignored; the families differ only in plain fields (`qkv_bias`, `o_bias`,
+refused by name, never ignored; a key that is not there means what it means to `transformers`; the
+families differ only in plain fields (`qkv_bias`, `o_bias`,
 `qk_norm`), so that the layers know no family. Both spellings of rotary settings are read:
 `rope_theta` with `rope_scaling` (transformers before 5) and `rope_parameters` (from 5 on).
 """
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+
+# What a key that is not there means, where that follows from no other key.
+_FAMILY_DEFAULTS: dict[str, dict[str, Json]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+# All that a rotary setting may say; whatever else it says would change the result.
+_ROPE_KEYS = frozenset(
+    {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+    | {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+)
 
 # Keys that change the result: the decoder computes only the values named here.
 _ONLY_VALUES: dict[str, tuple[Json, ...]] = {
@@ -127,6 +140,7 @@ class ModelConfig:
                 f"config.json: model_type {family!r} is not supported",
                 hint=f"supported families: {', '.join(FAMILIES)}",
             )
+        raw = {**_FAMILY_DEFAULTS[family], **raw}
         _refuse_foreign_values(raw)
         num_heads = _int(raw, "num_attention_heads")
         hidden_size = _int(raw, "hidden_size")
@@ -221,12 +235,18 @@ def _rope(raw: Mapping[str, Json]) -> tuple[float, RopeScaling | None]:
             "config.json: partial_rotary_factor is not 1, which is not supported",
             hint="this decoder rotates whole heads",
         )
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         raise ModelUnsupported(
             f"config.json: rope_type = {kind!r} is not supported", hint="supported: default, llama3"
         )
+    foreign = sorted(scaling.keys() - _ROPE_KEYS)
+    if foreign:  # one setting for each kind of layer, or a rule of another model
+        raise ModelUnsupported(
+            f"config.json: {', '.join(foreign)} among the rotary settings is not supported",
+            hint=f"this decoder knows {', '.join(sorted(_ROPE_KEYS))}",
+        )
+    if kind == "default":
+        return theta, None
     return theta, RopeScaling(
         factor=_float(scaling, "factor"),
         low_freq_factor=_float(scaling, "low_freq_factor"),
