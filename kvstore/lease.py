@@ -99,6 +99,14 @@ class LeaseTable(Generic[HoldT]):
         lease.expires_at_s = max(lease.expires_at_s, min(now_s + ttl_s, last_s))
         return lease.expires_at_s - now_s
 
+    def run_out(self, lease_id: LeaseId, now_s: float) -> GrantedLease[HoldT] | None:
+        """The lease, whose life ends now if it had not before, so that its grace begins; None where it is gone."""
+        lease = self._leases.get(lease_id)
+        if lease is not None and lease.is_live(now_s):
+            lease.expires_at_s = now_s
+            heapq.heappush(self._checks, (now_s + self._grace_s, lease_id))
+        return lease
+
     def end(self, lease_id: LeaseId) -> GrantedLease[HoldT] | None:
         """Takes a lease out; None where it was not there."""
         lease = self._leases.pop(lease_id, None)

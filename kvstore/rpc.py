@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.tracing import Tracer
 
 REQUEST_ID_HEADER = "x-request-id"
+CLIENT_HEADER = "x-snowskin-client"
 ERROR_HEADER = "snowskin-error-bin"
 STOP_GRACE_S = 2.0
 RPC_HELP = "Seconds of gRPC calls to this role, from the first message in to the last one out."

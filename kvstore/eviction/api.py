@@ -52,5 +52,8 @@ class EvictionPolicy(Protocol[Key]):
     def victims(self) -> Iterator[Key]:
         """The blocks to evict, first to leave first."""
 
+    def num_children(self, key: Key) -> int:
+        """How many resident blocks have this one, resident or not, as their parent."""
+
     def __len__(self) -> int:
         """How many blocks are resident."""

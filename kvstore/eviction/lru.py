@@ -80,6 +80,10 @@ class LruEviction(Generic[Key]):
         stamp, parent = standing
         self._add(key, parent, stamp)
 
+    def num_children(self, key: Key) -> int:
+        """How many resident blocks have this one, resident or not, as their parent."""
+        return self._num_children.get(key, 0)
+
     def victims(self) -> Iterator[Key]:
         """Leaves, lowest stamp first; see the Protocol for what may be done meanwhile."""
         skipped: list[tuple[int, Key]] = []

@@ -54,6 +54,7 @@ class PlacedSegment:
     is_whole: bool = True
     entries: list[BlockEntry] = field(default_factory=list)
     packed_keys: bytearray = field(default_factory=bytearray)
+    matched_at_s: float = 0.0
 
     def position(self, entry: BlockEntry) -> int:
         """Index of one of its blocks."""
@@ -100,6 +101,7 @@ class BlockEntry:
     parent_id: BlockId | None = None
     one_reader: bool = False
     is_taken: bool = False
+    committed_at_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

@@ -15,6 +15,7 @@ from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.eviction.registry import make_eviction
 from snowskin.kvstore.metrics import Metrics
+from snowskin.kvstore.node.admin import NodeAdminService
 from snowskin.kvstore.node.door import LocalDoor
 from snowskin.kvstore.node.limits import NodeLimits
 from snowskin.kvstore.node.metrics import NodeMetrics
@@ -29,7 +30,7 @@ from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.session import DEFAULT_TENANT
 from snowskin.kvstore.telemetry import HealthServer, get_logger
-from snowskin.v1 import store_pb2_grpc
+from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
 
 ROLE = "node"
 DRAIN_LOOK_S = 0.02
@@ -122,17 +123,22 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
         shell.state.door = f"unix:{path}"
         service = StoreService(shell, settings.watch_limits())
         stack.callback(service.close)
+        admin = NodeAdminService(shell)
         server = await stack.enter_async_context(
             serving(
-                [(store_pb2_grpc.add_StoreServicer_to_server, service)],
+                [
+                    (store_pb2_grpc.add_StoreServicer_to_server, service),
+                    (admin_pb2_grpc.add_NodeAdminServicer_to_server, admin),
+                ],
                 host=settings.host,
                 port=settings.port,
-                service_names=["snowskin.v1.Store"],
+                service_names=["snowskin.v1.Store", "snowskin.v1.NodeAdmin"],
                 role=ROLE,
                 metrics=metrics,
                 tracer=tracer,
             )
         )
+        admin.on_drain = server.say_draining
         NodeMetrics(metrics, shell.stat, door=door.meter, watchers=service.watchers)
 
         def check() -> tuple[bool, dict[str, object]]:

@@ -260,6 +260,8 @@ class Reading:
     ) -> Lease:
         for entries in shards:
             self._residence.touch(entries)
+        for segment in segments:
+            segment.matched_at_s = now_s
         if request.tail_request_id:
             shards[0][0].is_taken = True
         lease = self.leases.grant(

@@ -223,6 +223,10 @@ class Residence:
         """Whether this very entry is in the index still."""
         return self.index.entry(entry.id) is entry
 
+    def num_children(self, entry: BlockEntry) -> int:
+        """Blocks that name this one as their parent, save those for one reader."""
+        return self._eviction.num_children(entry.id)
+
     def touch(self, run: Sequence[BlockEntry]) -> None:
         """A matched run was used; the eviction policy learns of it with `note_touches`."""
         self._touched.append(run)

@@ -32,6 +32,9 @@ from snowskin.transport.memory import Memfd, MemoryRegion
 from snowskin.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snowskin.kvstore.admin_messages import Evicted, LeaseInfo
     from snowskin.kvstore.clock import Clock
     from snowskin.kvstore.node.state import NodeState
     from snowskin.kvstore.pool.arena import Arena
@@ -122,6 +125,27 @@ class NodeShell:
         self._carry_out(self.state.drain())
         for wake in self._watchers:
             wake()
+
+    def revoke_lease(self, lease_id: LeaseId) -> LeaseInfo:
+        """Ends a lease's life; LeaseUnknown where there is none."""
+        now_s = self.settled_now_s()
+        info, effects = self.state.revoke_lease(lease_id, now_s)
+        self._carry_out(effects)
+        return info
+
+    def evict(
+        self, namespaces: Sequence[bytes], keys: Sequence[bytes], *, dry_run: bool
+    ) -> Evicted:
+        """Takes blocks out that nobody holds, or only counts them."""
+        evicted, effects = self.state.evict(namespaces, keys, self.settled_now_s(), dry_run=dry_run)
+        self._carry_out(effects)
+        return evicted
+
+    def settled_now_s(self) -> float:
+        """The time now, with all that readers left on their boards taken in."""
+        now_s = self.clock.now_s()
+        self._read_boards(now_s)
+        return now_s
 
     def on_change(self, wake: Callable[[], None]) -> None:
         """Calls `wake` after every event in which a block became visible or went, and at a drain."""

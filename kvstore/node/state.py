@@ -42,6 +42,7 @@ from snowskin.kvstore.messages import (
     StatRequest,
 )
 from snowskin.kvstore.node.events import PAGE_NBYTES, Subscription
+from snowskin.kvstore.node.inspection import Inspection
 from snowskin.kvstore.node.limits import MIN_RETRY_S, NodeLimits
 from snowskin.kvstore.node.reading import Reading
 from snowskin.kvstore.node.residence import Residence
@@ -54,6 +55,7 @@ from snowskin.transport.errors import SnowskinError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from snowskin.kvstore.admin_messages import Evicted, LeaseInfo
     from snowskin.kvstore.eviction.api import EvictionPolicy
     from snowskin.kvstore.index.block_index import BlockEntry, BlockId, PlacedSegment
     from snowskin.kvstore.messages import WatchRequest
@@ -108,6 +110,13 @@ class NodeState:
             node_epoch=epoch,
             next_lease_id=self._next_lease_id,
             writes=self._writing.leases,
+        )
+        self.inspection = Inspection(
+            self.residence,
+            self.sessions,
+            self.limits,
+            reading=self._reading,
+            writing=self._writing,
         )
 
     def settle_leases_by(self, settle: Callable[[float], None]) -> None:
@@ -282,6 +291,26 @@ class NodeState:
             epoch=self.epoch,
             budget_nbytes=budget_nbytes,
         )
+
+    # --- for its operator
+
+    def revoke_lease(self, lease_id: LeaseId, now_s: float) -> tuple[LeaseInfo, list[Effect]]:
+        """A lease is over from now on; LeaseUnknown where there is none."""
+        info, outcome = self.inspection.revoke(lease_id, now_s)
+        return info, self._settle(outcome, now_s)
+
+    def evict(
+        self,
+        namespaces: Sequence[bytes],
+        keys: Sequence[bytes],
+        now_s: float,
+        *,
+        dry_run: bool = False,
+        tenant: str = DEFAULT_TENANT,
+    ) -> tuple[Evicted, list[Effect]]:
+        """Blocks that nobody holds go; each key counts once, whatever number of shards it is asked of."""
+        evicted = self.inspection.evict(tenant, namespaces, keys, dry_run=dry_run)
+        return evicted, self._writing.serve_waiting(now_s)
 
     # --- seen from outside
 

@@ -346,6 +346,7 @@ class Writing:
         )
         if entry is None:
             return False
+        entry.committed_at_s = now_s
         if entry.one_reader:
             unread = self.unread.grant(
                 self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s
@@ -456,7 +457,17 @@ class Writing:
         self._residence.unlease(hold.parents)
         outcome.may_have_freed = True
 
+    def fence_if_mapped(self, lease: WriteLease) -> Outcome:
+        """Fences a lease that is over, but for its grace, where its writer can reach memory by itself."""
+        outcome = Outcome()
+        session = self._sessions.get(lease.session_id)
+        if session is not None and session.maps_memory:
+            self._fence(lease, outcome)
+        return outcome
+
     def _fence(self, lease: WriteLease, outcome: Outcome) -> None:
+        if lease.hold.use is Use.QUARANTINED:  # it was revoked
+            return
         session = self._sessions.get(lease.session_id)
         self._residence.counters["write_leases_expired"] += 1
         if session is None or not session.maps_memory:

@@ -1,0 +1,223 @@
+"""What a node tells its operator, between protobuf and our own values, in both directions.
+
+Rules kept here: as in `wire`: what cannot be understood raises; a value of a newer peer that is not known becomes an
+error of the protocol, never another value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from snowskin.kvstore.admin_messages import (
+    BlockInfo,
+    BlockPage,
+    Drained,
+    Evicted,
+    LeaseInfo,
+    LeaseKind,
+    LeasePage,
+    LeaseState,
+    ShownBlock,
+)
+from snowskin.kvstore.errors import BadRequest, ProtocolViolation
+from snowskin.kvstore.extent import Extent
+from snowskin.kvstore.messages import LeaseId
+from snowskin.kvstore.wire import CRC32C_KEYED, TIER_NAMES, TIERS
+from snowskin.v1 import admin_pb2
+
+_KINDS = {
+    LeaseKind.READ: admin_pb2.LEASE_KIND_READ,
+    LeaseKind.WRITE: admin_pb2.LEASE_KIND_WRITE,
+}
+_KIND_NAMES: dict[int, LeaseKind] = {number: kind for kind, number in _KINDS.items()}
+_STATES = {
+    LeaseState.ACTIVE: admin_pb2.LEASE_STATE_ACTIVE,
+    LeaseState.GRACE: admin_pb2.LEASE_STATE_GRACE,
+    LeaseState.QUARANTINED: admin_pb2.LEASE_STATE_QUARANTINED,
+}
+_STATE_NAMES: dict[int, LeaseState] = {number: state for state, number in _STATES.items()}
+
+
+def kind_from(number: int) -> LeaseKind | None:
+    """Which leases a request asks for; None where both."""
+    if number == admin_pb2.LEASE_KIND_UNSPECIFIED:
+        return None
+    if number not in _KIND_NAMES:
+        raise BadRequest(f"lease kind {number} is not known here", hint="ask for READ or WRITE")
+    return _KIND_NAMES[number]
+
+
+def kind_to(kind: LeaseKind | None) -> Any:
+    """The kind on the wire."""
+    return admin_pb2.LEASE_KIND_UNSPECIFIED if kind is None else _KINDS[kind]
+
+
+# --- node's side
+
+
+def _set_block(message: admin_pb2.BlockInfo, block: BlockInfo) -> None:
+    message.namespace = block.namespace
+    message.key = block.key
+    message.extent.tier = TIERS[block.extent.tier]
+    message.extent.pool_id = block.extent.pool_id
+    message.extent.offset = block.extent.offset
+    message.extent.nbytes = block.extent.nbytes
+    message.extent.generation = block.extent.generation
+    message.parent_key = block.parent_key
+    message.num_children = block.num_children
+    message.num_read_leases = block.num_read_leases
+    message.age_s = block.age_s
+    message.idle_s = block.idle_s
+    message.one_reader = block.one_reader
+
+
+def _set_lease(message: admin_pb2.LeaseInfo, lease: LeaseInfo) -> None:
+    message.id = lease.id
+    message.kind = _KINDS[lease.kind]
+    message.state = _STATES[lease.state]
+    message.client = lease.client
+    message.age_s = lease.age_s
+    message.seconds_left = lease.seconds_left
+    message.num_blocks = lease.num_blocks
+    message.nbytes = lease.nbytes
+
+
+def block_page_to(page: BlockPage) -> admin_pb2.ListBlocksResponse:
+    """Some blocks."""
+    message = admin_pb2.ListBlocksResponse(next_page_token=page.next_page_token)
+    for block in page.blocks:
+        _set_block(message.blocks.add(), block)
+    return message
+
+
+def shown_to(shown: tuple[ShownBlock, ...]) -> admin_pb2.ShowBlockResponse:
+    """One block, in each of its shards."""
+    message = admin_pb2.ShowBlockResponse()
+    for one in shown:
+        record = message.blocks.add()
+        _set_block(record.block, one.block)
+        record.checksum.algorithm = CRC32C_KEYED
+        record.checksum.packed = one.checksum
+        for lease in one.leases:
+            _set_lease(record.leases.add(), lease)
+    return message
+
+
+def lease_page_to(page: LeasePage) -> admin_pb2.ListLeasesResponse:
+    """Some leases."""
+    message = admin_pb2.ListLeasesResponse(next_page_token=page.next_page_token)
+    for lease in page.leases:
+        _set_lease(message.leases.add(), lease)
+    return message
+
+
+def revoked_to(lease: LeaseInfo) -> admin_pb2.RevokeLeaseResponse:
+    """A lease that was revoked."""
+    message = admin_pb2.RevokeLeaseResponse()
+    _set_lease(message.lease, lease)
+    return message
+
+
+def evicted_to(evicted: Evicted) -> admin_pb2.EvictResponse:
+    """What went."""
+    return admin_pb2.EvictResponse(
+        num_blocks=evicted.num_blocks,
+        nbytes=evicted.nbytes,
+        num_held=evicted.num_held,
+        num_unknown=evicted.num_unknown,
+    )
+
+
+# --- operator's side
+
+
+def _block_from(message: admin_pb2.BlockInfo, node_id: str) -> BlockInfo:
+    tier = TIER_NAMES.get(message.extent.tier)
+    if tier is None:
+        raise ProtocolViolation(
+            f"node {node_id} tells of a block in tier {message.extent.tier}",
+            hint="check the wire version",
+        )
+    return BlockInfo(
+        namespace=message.namespace,
+        key=message.key,
+        extent=Extent(
+            node_id=node_id,
+            tier=tier,
+            pool_id=message.extent.pool_id,
+            offset=message.extent.offset,
+            nbytes=message.extent.nbytes,
+            generation=message.extent.generation,
+        ),
+        parent_key=message.parent_key,
+        num_children=message.num_children,
+        num_read_leases=message.num_read_leases,
+        age_s=message.age_s,
+        idle_s=message.idle_s,
+        one_reader=message.one_reader,
+    )
+
+
+def lease_from(message: admin_pb2.LeaseInfo) -> LeaseInfo:
+    """One lease."""
+    kind, state = _KIND_NAMES.get(message.kind), _STATE_NAMES.get(message.state)
+    if kind is None or state is None:
+        raise ProtocolViolation(
+            f"lease {message.id} is of kind {message.kind} in state {message.state}",
+            hint="check the wire version",
+        )
+    return LeaseInfo(
+        id=LeaseId(message.id),
+        kind=kind,
+        state=state,
+        client=message.client,
+        age_s=message.age_s,
+        seconds_left=message.seconds_left,
+        num_blocks=message.num_blocks,
+        nbytes=message.nbytes,
+    )
+
+
+def block_page_from(message: admin_pb2.ListBlocksResponse, node_id: str) -> BlockPage:
+    """Some blocks of that node."""
+    return BlockPage(
+        blocks=tuple(_block_from(block, node_id) for block in message.blocks),
+        next_page_token=message.next_page_token,
+    )
+
+
+def shown_from(message: admin_pb2.ShowBlockResponse, node_id: str) -> tuple[ShownBlock, ...]:
+    """One block, in each of its shards on that node."""
+    return tuple(
+        ShownBlock(
+            block=_block_from(shown.block, node_id),
+            checksum=shown.checksum.packed,
+            leases=tuple(lease_from(lease) for lease in shown.leases),
+        )
+        for shown in message.blocks
+    )
+
+
+def lease_page_from(message: admin_pb2.ListLeasesResponse) -> LeasePage:
+    """Some leases."""
+    return LeasePage(
+        leases=tuple(lease_from(lease) for lease in message.leases),
+        next_page_token=message.next_page_token,
+    )
+
+
+def evicted_from(message: admin_pb2.EvictResponse) -> Evicted:
+    """What went."""
+    return Evicted(
+        num_blocks=message.num_blocks,
+        nbytes=message.nbytes,
+        num_held=message.num_held,
+        num_unknown=message.num_unknown,
+    )
+
+
+def drained_from(message: admin_pb2.DrainResponse) -> Drained:
+    """What a draining node still serves."""
+    return Drained(
+        num_read_leases=message.num_read_leases, num_write_leases=message.num_write_leases
+    )
