@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from snowskin.kvstore import errors
 from snowskin.kvstore.blocks import KeyColumn
@@ -35,6 +36,7 @@ from snowskin.kvstore.node.daemon import NodeSettings, make_shell
 from snowskin.kvstore.node.door import LocalDoor
 from snowskin.kvstore.rpc import RpcLimits, rpc_error_to_error
 from snowskin.kvstore.wire import EMPTY_KEYS
+from snowskin.tools.cluster.main import cli
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import door_pb2, store_pb2, store_pb2_grpc
 from tests.support.node_process import NodeProcess, eventually
@@ -511,6 +513,17 @@ def test_a_node_that_cannot_start_says_why_in_one_line(node, tmp_path):
         (("--door", tmp_path / ("x" * 100)), "at most 107"),
         (("--door", file), "cannot be opened"),
         (("--door", file / "door"), "cannot be opened"),
+    ):
+        ended = started(*arguments)
+        assert ended.returncode == 2, ended
+        assert words in ended.stderr, ended
+        assert "Traceback" not in ended.stderr
+    assert node.stat().node_id, "the node whose door and port they wanted is as it was"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (("--host", "0.0.0.0"), "--insecure"),
         (("--port", "70000"), "port is 70000"),
         (("--http-port=-1",), "http_port is -1"),
@@ -518,12 +531,12 @@ def test_a_node_that_cannot_start_says_why_in_one_line(node, tmp_path):
         (("--log-level", "loud"), "'loud' is not one of"),
         (("--max-keys", "0"), "max_keys is 0"),
         (("--read-lease-s", "1e10"), "at most 86400"),
-    ):
-        ended = started(*arguments)
-        assert ended.returncode == 2, ended
-        assert words in ended.stderr, ended
-        assert "Traceback" not in ended.stderr
-    assert node.stat().node_id, "the node whose door and port they wanted is as it was"
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_opened(arguments, words):
+    ran = CliRunner().invoke(cli, ["node", *arguments])
+    assert ran.exit_code == 2
+    assert words in ran.stderr
 
 
 def test_a_door_left_behind_by_a_killed_node_is_taken_over(tmp_path):

@@ -9,8 +9,9 @@ from snowskin.tools.suites import main
 
 
 @pytest.fixture
-def tests(tmp_path):
+def tests(tmp_path, monkeypatch):
     """A folder of suites of its own, with pytest settings of its own."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # half of the time of these pytests
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nmarkers =\n    soak\n    gpu\n    rdma\naddopts = -p no:cacheprovider\n"
     )
