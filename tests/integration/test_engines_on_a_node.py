@@ -62,6 +62,28 @@ async def test_tokens_and_counts_are_exact_over_either_door_of_a_node(way):
         assert bench.all_free()
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("way", ["door", "address"])
+async def test_kv_of_qwen_models_goes_through_a_node_token_for_token(architecture, way):
+    """Their KV carries biases and normalised heads, and its heads are no share of the hidden size."""
+    async with (
+        node() as role,
+        open_bench(connecting(role.facts[way]), architecture=architecture) as bench,
+    ):
+        for num_tokens in (3, 16, 17, 130):
+            prompt = prompt_tokens(num_tokens, seed=num_tokens)
+            for sampling in (GREEDY, SamplingParams(temperature=0.8, seed=7, max_tokens=12)):
+                tokens, response, answer = await bench.run(
+                    prompt, sampling, request_id=f"{num_tokens}-{sampling.seed}"
+                )
+                assert tokens == straight(prompt, sampling, architecture=architecture)
+                assert answer.stats.num_recomputed_tokens == 0
+                assert answer.stats.num_blocks_pulled == num_tokens // BLOCK_SIZE
+            # The second one found the prompt that the first one left, and pulled it.
+            assert response.stats.num_cached_tokens == (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+        assert bench.all_free()
+
+
 async def test_requests_with_the_cache_off_leave_the_node_as_it_was():
     async with node() as role, open_bench(connecting(role.facts["door"])) as bench:
         before = await stat_of(role.facts["door"])

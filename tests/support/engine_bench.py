@@ -31,18 +31,22 @@ CHUNK_TOKENS = 16
 
 
 @functools.cache
-def model_directory() -> Path:
-    """A random model of two layers, made once a process and gone with it."""
-    directory = Path(_directory().name) / "model"
+def model_directory(architecture: str = "llama") -> Path:
+    """A random model of two layers, made once a process and gone with it.
+
+    Heads of all but the first architecture are larger than their share of the hidden size.
+    """
+    directory = Path(_directory().name) / architecture
     make_random_model(
         directory,
         layers=2,
         hidden=64,
         heads=4,
         kv_heads=2,
-        head_dim=16,
+        head_dim=16 if architecture == "llama" else 24,
         intermediate=128,
         max_position=512,
+        architecture=architecture,
     )
     return directory
 
@@ -52,8 +56,8 @@ def _directory() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="snowskin-test-model-", ignore_cleanup_errors=True)
 
 
-def new_model() -> LlamaModel:
-    return load_model(model_directory())
+def new_model(architecture: str = "llama") -> LlamaModel:
+    return load_model(model_directory(architecture))
 
 
 def prompt_tokens(num_tokens: int, seed: int = 0) -> list[int]:
@@ -61,9 +65,14 @@ def prompt_tokens(num_tokens: int, seed: int = 0) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(32, 127, num_tokens)]
 
 
-def straight(token_ids: list[int], sampling: SamplingParams, max_length: int = 512) -> list[int]:
+def straight(
+    token_ids: list[int],
+    sampling: SamplingParams,
+    max_length: int = 512,
+    architecture: str = "llama",
+) -> list[int]:
     """The answer of the model alone: one prefill, then token by token."""
-    model = _reference()
+    model = _reference(architecture)
     memory = KvMemory(model.config, -(-512 // BLOCK_SIZE), BLOCK_SIZE)
     block_ids = memory.allocate(memory.num_blocks)
     known, answer, start = list(token_ids), [], 0
@@ -80,8 +89,8 @@ def straight(token_ids: list[int], sampling: SamplingParams, max_length: int = 5
 
 
 @functools.cache
-def _reference() -> LlamaModel:
-    return new_model()
+def _reference(architecture: str = "llama") -> LlamaModel:
+    return new_model(architecture)
 
 
 def make_prompt(
@@ -197,7 +206,15 @@ class Bench:
 
 
 @asynccontextmanager
-async def open_bench(connect, *, connect_decode=None, num_blocks=256, limits=None, wait=True):
+async def open_bench(
+    connect,
+    *,
+    connect_decode=None,
+    num_blocks=256,
+    limits=None,
+    wait=True,
+    architecture="llama",
+):
     """Instances over the store that `connect` reaches; both links are up if `wait`.
 
     The store's address is `node-0`; where decode has one of its own, that is `node-1`.
@@ -208,7 +225,7 @@ async def open_bench(connect, *, connect_decode=None, num_blocks=256, limits=Non
     async with AsyncExitStack() as stack:
         runners, links, nodes, tasks = [], [], [], []
         for own_address in own_addresses:
-            model = new_model()
+            model = new_model(architecture)
             memory = KvMemory(model.config, num_blocks, limits.block_size)
             runners.append(await stack.enter_async_context(ModelRunner(model, memory)))
 
