@@ -114,10 +114,17 @@ def open_channel(address: str, limits: RpcLimits | None = None) -> grpc.aio.Chan
     return grpc.aio.insecure_channel(address, options=channel_options(limits))
 
 
-def call_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
-    """Metadata that carries the request's id, and the trace that the call is part of; may be empty."""
+def call_metadata(request_id: str, *, client: str = "") -> tuple[tuple[str, str], ...]:
+    """Metadata that carries the request's id, who calls, and the trace that the call is part of; may be empty."""
     named = ((REQUEST_ID_HEADER, request_id),) if request_id else ()
+    if client:
+        named = (*named, (CLIENT_HEADER, client))
     return (*named, *outgoing())
+
+
+def header_text(text: str) -> str:
+    """`text` as a metadata value, which is printable ASCII."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text).strip()
 
 
 def rpc_error_to_error(error: grpc.RpcError, peer: str) -> SnowskinError:

@@ -118,7 +118,7 @@ class BlockingStoreClient:
                 address.removeprefix(DOOR_PREFIX), client_name, access, timeout_s=timeout_s
             )
         else:
-            connection = BlockingRpcConnection(address, timeout_s=timeout_s)
+            connection = BlockingRpcConnection(address, client_name, timeout_s=timeout_s)
         settings = FlowSettings(
             verify=verify,
             call_timeout_s=call_timeout_s,

@@ -26,7 +26,7 @@ from snowskin.kvstore.client.rpc_connection import METHODS, Landing, check_local
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.messages import Access, Lease, RenewRequest, ReplyMessage, Request
-from snowskin.kvstore.rpc import call_metadata, channel_options, translating
+from snowskin.kvstore.rpc import call_metadata, channel_options, header_text, translating
 from snowskin.kvstore.tracing import outgoing
 from snowskin.kvstore.wire import reply_from, request_to
 from snowskin.transport.errors import SnowskinError, TransportClosed
@@ -226,9 +226,10 @@ class BlockingDoorConnection:
 class BlockingRpcConnection:
     """A node reached by gRPC."""
 
-    def __init__(self, address: str, *, timeout_s: float) -> None:
-        """Connects and asks the node who it is."""
+    def __init__(self, address: str, client_name: str, *, timeout_s: float) -> None:
+        """Connects and asks the node who it is; the node counts what `client_name` leases as one client's."""
         self.address = address
+        self._client = header_text(client_name)
         self._channel = grpc.insecure_channel(address, options=channel_options())
         self._stub: Any = store_pb2_grpc.StoreStub(self._channel)
         self.connected = True
@@ -246,9 +247,9 @@ class BlockingRpcConnection:
         """One call and its answer."""
         name, message = request_to(request, lease.capability if lease else b"")
         with self._translating():
-            response = getattr(self._stub, METHODS[name])(
-                message, timeout=timeout_s, metadata=call_metadata(request_id)
-            )
+            metadata = call_metadata(request_id, client=self._client)
+            method = getattr(self._stub, METHODS[name])
+            response = method(message, timeout=timeout_s, metadata=metadata)
         return reply_from(name, response, self.node_id)
 
     def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from snowskin.kvstore.errors import NodeUnavailable, ProtocolViolation
-from snowskin.kvstore.rpc import call_metadata, open_channel, translating
+from snowskin.kvstore.rpc import call_metadata, header_text, open_channel, translating
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import reply_from, request_to
 from snowskin.transport.errors import RegionReadOnly, SnowskinError, TransportClosed
@@ -125,9 +125,10 @@ class Landing:
 class RpcConnection:
     """A node reached by gRPC."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, address: str, channel: grpc.aio.Channel, client_name: str) -> None:
         """Use `open`."""
         self.address = address
+        self._client = header_text(client_name)
         self.node_id = ""
         self.node_epoch = 0
         self._channel = channel
@@ -136,9 +137,9 @@ class RpcConnection:
         self._telling: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def open(cls, address: str, *, timeout_s: float) -> RpcConnection:
-        """Connects and asks the node who it is."""
-        connection = cls(address, open_channel(address))
+    async def open(cls, address: str, client_name: str, *, timeout_s: float) -> RpcConnection:
+        """Connects and asks the node who it is; the node counts what `client_name` leases as one client's."""
+        connection = cls(address, open_channel(address), client_name)
         try:
             with translating(f"node {address}"):
                 stat = await connection._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s)
@@ -159,7 +160,8 @@ class RpcConnection:
         """One call and its answer."""
         name, message = request_to(request, lease.capability if lease else b"")
         method = getattr(self._stub, METHODS[name])
-        call = method(message, timeout=timeout_s, metadata=call_metadata(request_id))
+        metadata = call_metadata(request_id, client=self._client)
+        call = method(message, timeout=timeout_s, metadata=metadata)
         # Cancelling cancels the call on the node too; a lease that it had just granted has then no holder and runs
         # out: gRPC cannot say which of the two happened.
         try:

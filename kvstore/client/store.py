@@ -141,7 +141,7 @@ class StoreClient:
                 address.removeprefix(DOOR_PREFIX), client_name, access, timeout_s=timeout_s
             )
         else:
-            connection = await RpcConnection.open(address, timeout_s=timeout_s)
+            connection = await RpcConnection.open(address, client_name, timeout_s=timeout_s)
         settings = FlowSettings(
             verify=verify,
             call_timeout_s=call_timeout_s,

@@ -1,8 +1,8 @@
 """The gRPC door: the same requests for other hosts, and the slow path for bytes.
 
-Rules kept here: a gRPC caller has no session of its own, so a lease's capability, a MAC that only this node can make,
-is the right to it. Every chunk of Write and Read asks the state again whether the lease still lives. A call that is
-cancelled stops waiting inside the state.
+Rules kept here: a gRPC caller has no connection that could be its session (`peers`), so a lease's capability, a MAC
+that only this node can make, is the right to it. Every chunk of Write and Read asks the state again whether the lease
+still lives. A call that is cancelled stops waiting inside the state.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from snowskin.kvstore.messages import (
     Request,
     Reserved,
 )
+from snowskin.kvstore.node.peers import PeerSessions
 from snowskin.kvstore.node.watching import Watchers, WatchLimits
 from snowskin.kvstore.wire import reply_to, request_from
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
     import grpc.aio
 
     from snowskin.kvstore.index.block_index import PlacedSegment
+    from snowskin.kvstore.messages import SessionId
     from snowskin.kvstore.node.shell import NodeShell
 
 CHUNK_NBYTES = 1 << 20
@@ -47,17 +49,17 @@ class StoreService(store_pb2_grpc.StoreServicer):
     """The Store service over one node's shell."""
 
     def __init__(self, shell: NodeShell, watch_limits: WatchLimits | None = None) -> None:
-        """All gRPC callers share one session, which ends with the node."""
+        """Nobody has called yet."""
         self._shell = shell
         self.watchers = Watchers(shell, watch_limits)
         self._secret = secrets.token_bytes(32)
         self._calls = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[ReplyMessage]] = {}
-        self._session = shell.open_session("grpc", self._answer, maps_memory=False)
+        self._peers = PeerSessions(shell, self._answer)
 
     def close(self) -> None:
-        """Ends the shared session and every waiting call."""
-        self._shell.end_session(self._session)
+        """Ends every session and every waiting call."""
+        self._peers.close()
         for future in self._waiting.values():
             future.cancel()
         self._waiting.clear()
@@ -72,21 +74,22 @@ class StoreService(store_pb2_grpc.StoreServicer):
         else:
             future.set_result(reply)
 
-    async def _call(self, name: str, message: Any, response: Any) -> Any:
+    async def _call(self, session_id: SessionId, name: str, message: Any, response: Any) -> Any:
         request = request_from(name, message)
         call_id = next(self._calls)
         future: asyncio.Future[ReplyMessage] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = future
         try:
-            self._shell.request(self._session.id, call_id, request)
+            self._shell.request(session_id, call_id, request)
             reply = await future
         except asyncio.CancelledError:
-            self._shell.cancel(self._session.id, call_id)
+            self._shell.cancel(session_id, call_id)
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._take_back(future.result())
             raise
         finally:
             self._waiting.pop(call_id, None)
+            self._peers.done()
         if isinstance(reply, Matched | Reserved) and reply.lease is not None:
             capability = self._capability(reply.lease.id)
             reply = replace(reply, lease=replace(reply.lease, capability=capability))
@@ -95,13 +98,13 @@ class StoreService(store_pb2_grpc.StoreServicer):
 
     def _take_back(self, reply: ReplyMessage | SnowskinError) -> None:
         """Ends the lease of an answer that was made in the same turn of the loop as its call was cancelled."""
-        unwanted: Request | None = None
-        if isinstance(reply, Matched) and reply.lease is not None:
-            unwanted = ReleaseRequest(lease_ids=(reply.lease.id,))
-        elif isinstance(reply, Reserved) and reply.lease is not None:
-            unwanted = AbortRequest(lease_id=reply.lease.id)
-        if unwanted is not None:
-            self._shell.request(self._session.id, NO_ANSWER, unwanted)
+        if not isinstance(reply, Matched | Reserved) or reply.lease is None:
+            return
+        lease_id = reply.lease.id
+        unwanted: Request = AbortRequest(lease_id=lease_id)
+        if isinstance(reply, Matched):
+            unwanted = ReleaseRequest(lease_ids=(lease_id,))
+        self._shell.request(self._peers.holder(lease_id), NO_ANSWER, unwanted)
 
     def _capability(self, lease_id: LeaseId) -> bytes:
         data = b"%d:%d" % (self._shell.state.epoch, lease_id)
@@ -116,6 +119,15 @@ class StoreService(store_pb2_grpc.StoreServicer):
             )
         return lease_id
 
+    def _by_holder(
+        self, refs: Iterable[common_pb2.LeaseRef]
+    ) -> dict[SessionId, list[common_pb2.LeaseRef]]:
+        """Proven leases by the session that holds them, which is one, unless a caller has changed its name."""
+        found: dict[SessionId, list[common_pb2.LeaseRef]] = {}
+        for ref in refs:
+            found.setdefault(self._peers.holder(self._check(ref)), []).append(ref)
+        return found or {self._peers.common: []}
+
     # --- control; the generated names are the wire's
 
     async def Reserve(  # noqa: N802
@@ -123,7 +135,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
     ) -> store_pb2.ReserveResponse:
         """Room for a run of blocks."""
         response: store_pb2.ReserveResponse = await self._call(
-            "reserve", request, store_pb2.ReserveResponse()
+            self._peers.caller(context), "reserve", request, store_pb2.ReserveResponse()
         )
         return response
 
@@ -131,9 +143,9 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self, request: store_pb2.CommitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> store_pb2.CommitResponse:
         """Makes the next blocks visible."""
-        self._check(request.lease)
+        holder = self._peers.holder(self._check(request.lease))
         response: store_pb2.CommitResponse = await self._call(
-            "commit", request, store_pb2.CommitResponse()
+            holder, "commit", request, store_pb2.CommitResponse()
         )
         return response
 
@@ -141,9 +153,9 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self, request: store_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> store_pb2.AbortResponse:
         """Gives a reservation's rest back."""
-        self._check(request.lease)
+        holder = self._peers.holder(self._check(request.lease))
         response: store_pb2.AbortResponse = await self._call(
-            "abort", request, store_pb2.AbortResponse()
+            holder, "abort", request, store_pb2.AbortResponse()
         )
         return response
 
@@ -152,7 +164,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
     ) -> store_pb2.ProbeResponse:
         """What is here, without a lease."""
         response: store_pb2.ProbeResponse = await self._call(
-            "probe", request, store_pb2.ProbeResponse()
+            self._peers.common, "probe", request, store_pb2.ProbeResponse()
         )
         return response
 
@@ -161,7 +173,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
     ) -> store_pb2.MatchResponse:
         """The longest run, under a lease."""
         response: store_pb2.MatchResponse = await self._call(
-            "match", request, store_pb2.MatchResponse()
+            self._peers.caller(context), "match", request, store_pb2.MatchResponse()
         )
         return response
 
@@ -169,35 +181,40 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self, request: store_pb2.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> store_pb2.RenewResponse:
         """Prolongs leases."""
-        for ref in request.leases:
-            self._check(ref)
-        response: store_pb2.RenewResponse = await self._call(
-            "renew", request, store_pb2.RenewResponse()
-        )
-        return response
+        lives: dict[LeaseId, int] = {}
+        for holder, refs in self._by_holder(request.leases).items():
+            part = store_pb2.RenewRequest(leases=refs, ttl_ms=request.ttl_ms)
+            renewed = await self._call(holder, "renew", part, store_pb2.RenewResponse())
+            lives |= zip((LeaseId(ref.id) for ref in refs), renewed.ttl_ms, strict=True)
+        return store_pb2.RenewResponse(ttl_ms=[lives[LeaseId(ref.id)] for ref in request.leases])
 
     async def Release(  # noqa: N802
         self, request: store_pb2.ReleaseRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> store_pb2.ReleaseResponse:
         """Ends read leases."""
-        held = {self._check(ref) for ref in request.leases}
+        by_holder = self._by_holder(request.leases)
+        held = {ref.id for ref in request.leases}
         for complaint in request.complaints:
             if complaint.lease_id not in held:
                 raise BadRequest(
                     f"a complaint names lease {complaint.lease_id}, which the call does not release",
                     hint="complain in the call that releases the lease",
                 )
-        response: store_pb2.ReleaseResponse = await self._call(
-            "release", request, store_pb2.ReleaseResponse()
-        )
-        return response
+        num_unknown = 0
+        for holder, refs in by_holder.items():
+            held = {ref.id for ref in refs}
+            complaints = [c for c in request.complaints if c.lease_id in held]
+            part = store_pb2.ReleaseRequest(leases=refs, complaints=complaints)
+            released = await self._call(holder, "release", part, store_pb2.ReleaseResponse())
+            num_unknown += released.num_unknown
+        return store_pb2.ReleaseResponse(num_unknown=num_unknown)
 
     async def Stat(  # noqa: N802
         self, request: store_pb2.StatRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> store_pb2.StatResponse:
         """Counts and sizes."""
         response: store_pb2.StatResponse = await self._call(
-            "stat", request, store_pb2.StatResponse()
+            self._peers.common, "stat", request, store_pb2.StatResponse()
         )
         return response
 

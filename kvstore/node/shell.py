@@ -59,6 +59,7 @@ class NodeShell:
         self.arenas = arenas
         self.clock = clock
         self._answers: dict[SessionId, Answer] = {}
+        self._brief: set[SessionId] = set()
         self._boards: dict[SessionId, ReleaseBoard] = {}
         self._watchers: list[Callable[[], None]] = []
         self._num_told = 0
@@ -69,12 +70,21 @@ class NodeShell:
         state.settle_leases_by(self._read_boards)
 
     def open_session(
-        self, client_name: str, answer: Answer, *, maps_memory: bool, may_write: bool = True
+        self,
+        client_name: str,
+        answer: Answer,
+        *,
+        maps_memory: bool,
+        may_write: bool = True,
+        is_brief: bool = False,
     ) -> Session:
-        """A client connected; its answers go to `answer`."""
+        """A client connected; its answers go to `answer`. Brief sessions, of one lease or so, are not logged."""
         session = self.state.open_session(client_name, maps_memory=maps_memory, may_write=may_write)
         self._answers[session.id] = answer
-        log.info("session opened", session=session.id, client=client_name, maps=maps_memory)
+        if is_brief:
+            self._brief.add(session.id)
+        else:
+            log.info("session opened", session=session.id, client=client_name, maps=maps_memory)
         return session
 
     def end_session(self, session: Session) -> None:
@@ -83,7 +93,10 @@ class NodeShell:
             return
         if (board := self._boards.pop(session.id, None)) is not None:
             board.close()
-        log.info("session ended", session=session.id, client=session.client_name)
+        if session.id in self._brief:
+            self._brief.remove(session.id)
+        else:
+            log.info("session ended", session=session.id, client=session.client_name)
         self._carry_out(self.state.end_session(session.id, self.clock.now_s()))
 
     def request(self, session_id: SessionId, call_id: int, request: Request) -> None:

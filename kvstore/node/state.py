@@ -145,6 +145,23 @@ class NodeState:
         self._reading.end_session(session_id)
         return self._settle(self._writing.end_session(session_id), now_s)
 
+    def holder_of(self, lease_id: LeaseId) -> SessionId | None:
+        """The session that holds a lease; None where the lease has ended."""
+        for table in (self._reading.leases, self._writing.leases):
+            if (lease := table.get(lease_id)) is not None:
+                return lease.session_id
+        return None
+
+    def holds_nothing(self, session_id: SessionId) -> bool:
+        """Whether nobody would miss anything if this session ended now."""
+        tables = (self._reading.leases, self._writing.leases)
+        rooms = (self._reading.waiting, self._writing.waiting)
+        return not (
+            any(table.num_of_session(session_id) for table in tables)
+            or any(room.num_of_session(session_id) for room in rooms)
+            or self._writing.has_unread(session_id)
+        )
+
     # --- requests
 
     def on_request(

@@ -489,6 +489,10 @@ class Writing:
             if at not in self._reserved:
                 outcome.gone.append(at)
 
+    def has_unread(self, session_id: SessionId) -> bool:
+        """Whether this session has left blocks for one reader that are here still."""
+        return any(self._residence.is_here(u.hold) for u in self.unread.of_session(session_id))
+
     def _check_quarantine(self, session: Session) -> None:
         """Refuses more room to who has left too much of it in quarantine; others are not to blame."""
         pool = self._residence.pool_of(session.tenant)
