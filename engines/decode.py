@@ -167,13 +167,14 @@ class DecodeInstance:
         finally:
             self._num_requests -= 1
 
-    async def _discard(self, start: DecodeStart) -> None:
+    async def _discard(self, start: DecodeStart, budget: LookupBudget | None = None) -> None:
         # The conductor names the node first to which prefill publishes.
         writer = await self._nodes.at(next(iter(start.prompt.node_addresses), ""))
         await discard_leftovers(
             writer or self._nodes.own,
             start.prompt,
             block_size=self._limits.block_size,
+            budget=budget,
             request_id=start.request_id,
         )
 
@@ -326,7 +327,7 @@ class DecodeInstance:
             while await self._pull_round(links, sequence, keys, tally, budget):
                 continue
         if self._num_here(sequence) < num_blocks:
-            await self._discard(start)  # of no use without the blocks before them
+            await self._discard(start, budget)  # of no use without the blocks before them
             return
         if sequence.num_pending == 0 or received.tail_nbytes != writer.block_nbytes:
             return

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from snowskin.engines.link import StoreLink
     from snowskin.engines.messages import Prompt
     from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.kvstore.client.breaker import LookupBudget
 
 log = get_logger(__name__)
 
@@ -44,13 +45,21 @@ def leftovers_of(prompt: Prompt, *, block_size: int, request_id: str) -> Leftove
 
 
 async def discard_leftovers(
-    link: StoreLink, prompt: Prompt, *, block_size: int, request_id: str
+    link: StoreLink,
+    prompt: Prompt,
+    *,
+    block_size: int,
+    budget: LookupBudget | None = None,
+    request_id: str,
 ) -> None:
-    """Frees the request's unread blocks and tail at the node of `link`; never raises an error."""
+    """Frees the request's unread blocks and tail at the node of `link`; never raises an error.
+
+    A node that does not answer costs what is left of `budget`, None: what one request may lose.
+    """
     left = leftovers_of(prompt, block_size=block_size, request_id=request_id)
     if not left:
         return
     try:
-        await link.discard(left.keys, tail_id=left.tail_id, request_id=request_id)
+        await link.discard(left.keys, tail_id=left.tail_id, budget=budget, request_id=request_id)
     except SnowskinError as error:
         log.debug("leftovers not freed", reason=error.reason, error=str(error))

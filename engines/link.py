@@ -21,7 +21,7 @@ from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.client.guard import NodeGuard
 from snowskin.kvstore.client.machine import PullBounds
-from snowskin.kvstore.errors import NodeUnavailable
+from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import SnowskinError
 
@@ -246,6 +246,8 @@ class StoreLink:
                 pulled = answer
         if pulled.broken_by is not None:
             self._note_lost(connection, pulled.broken_by)
+            if isinstance(pulled.broken_by, DeadlineExceeded):  # by gRPC the node moves the bytes
+                self.guard.on_late(asking.began_at_s)
         return pulled
 
     async def pull_tail(
@@ -273,15 +275,28 @@ class StoreLink:
                 request_id=request_id,
             )
 
-    async def discard(self, keys: KeyColumn, *, tail_id: str, request_id: str) -> None:
-        """Frees, unread, what was left for a reader that will not come, as `StoreClient.discard`."""
+    async def discard(
+        self,
+        keys: KeyColumn,
+        *,
+        tail_id: str,
+        budget: LookupBudget | None = None,
+        request_id: str,
+    ) -> None:
+        """Frees, unread, what was left for a reader that will not come, as `StoreClient.discard`.
+
+        Goes on where the caller is cancelled; a node that does not answer costs what is left of
+        `budget` and frees them by itself.
+        """
         connection = self._get()
-        with self._watched(connection, waits_s=math.inf):
-            await outlast(
-                connection.client.discard(
+
+        async def discarded() -> None:
+            with self._watched(connection, waits_s=math.inf):
+                await connection.client.discard(
                     namespace=self.namespace, keys=keys, tail_id=tail_id, request_id=request_id
                 )
-            )
+
+        await outlast(self.while_answering(discarded(), budget or self.new_budget()))
 
     def new_budget(self) -> LookupBudget:
         """What one request may lose to nodes, its own and others."""

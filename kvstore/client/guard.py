@@ -138,11 +138,10 @@ class NodeGuard:
         try:
             yield asking
         except DeadlineExceeded:
-            self.num_late += 1
             # What came behind the answer has a time of its own, and is late by itself.
             timeout_s = None if asking.is_answered else asking.timeout_s
             asking.ended()
-            self._on_late(asking.began_at_s, timeout_s)
+            self.on_late(asking.began_at_s, timeout_s)
             raise
         except SnowskinError as error:
             if error.status == "UNAVAILABLE":
@@ -184,9 +183,10 @@ class NodeGuard:
             checking.cancel()
             await asyncio.wait([checking])
 
-    def _on_late(self, began_at_s: float, timeout_s: float | None) -> None:
-        """A call was given up after `timeout_s` seconds; None where there was no such bound."""
+    def on_late(self, began_at_s: float, timeout_s: float | None = None) -> None:
+        """A call was given up after `timeout_s` seconds; None where it had bounds of its own."""
         now_s = time.monotonic()
+        self.num_late += 1
         if timeout_s is not None:
             lag_s = now_s - began_at_s - timeout_s
             if lag_s > max(OWN_LAG_S, timeout_s):
@@ -232,7 +232,7 @@ class NodeGuard:
         try:
             await self._answer(PROBE_S)
         except DeadlineExceeded:
-            self._on_late(began_at_s, PROBE_S)
+            self.on_late(began_at_s, PROBE_S)
         except SnowskinError as error:
             log.debug("node not looked at", node=self._name, error=str(error))
         else:

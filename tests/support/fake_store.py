@@ -30,7 +30,8 @@ class FakeStore:
 
     `faults[operation]` holds errors that the next calls of it raise, one each. Keys in `corrupt`
     are found broken by whoever pulls them, once. `gate` can be cleared to hold every call before it
-    is answered, `copying` to hold every pull in its copy, which ends even where it is cancelled.
+    is answered, `copying` to hold every pull in its copy, which ends even where it is cancelled. The next pull
+    of more than `breaks_after` blocks breaks off behind so many, and the node is dead.
     """
 
     blocks: dict[Key, bytes] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class FakeStore:
     max_publishing: int = 0
     num_offered: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    breaks_after: int | None = None
     copying: asyncio.Event = field(default_factory=asyncio.Event)
     num_copying: int = 0
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -187,7 +189,12 @@ class FakeStoreClient:
                 await outlast(self.store.copying.wait())
             finally:
                 self.store.num_copying -= 1
-        for offset, data in landing:
+        broken_by = None
+        if self.store.breaks_after is not None and good > self.store.breaks_after:
+            num_found = good = self.store.breaks_after
+            bad, broken_by = [], NodeUnavailable("the fake node died")
+            await self.store.crash()
+        for offset, data in landing[:num_found]:
             _write(local, offset, data)
         now_s = time.monotonic() - began_s
         return Pulled(
@@ -198,6 +205,7 @@ class FakeStoreClient:
             wake_reason=reason,
             seconds=now_s,
             first_byte_s=now_s if num_found else None,
+            broken_by=broken_by,
         )
 
     async def discard(self, *, namespace, keys, tail_id="", request_id="") -> int:
