@@ -55,6 +55,16 @@ class NodeSettings(RoleSettings):
     lease_life_s: float = setting(600.0, help="Longest life of a lease with all renewals.")
     max_extent_nbytes: int = setting(64 << 20, help="Longest contiguous extent.")
     max_keys: int = setting(8192, help="Keys that one call may carry.")
+    max_leased_ratio: float = setting(
+        0.5, help="Share of a pool that all readers together may lease, and so keep from eviction."
+    )
+    max_client_leased_ratio: float = setting(
+        0.25, help="Share of a pool that one client may lease; it may always begin with one extent."
+    )
+    max_quarantined_ratio: float = setting(
+        0.25,
+        help="Share of a pool in quarantine beyond which those whose writes are there get no room.",
+    )
     watch_ring_nbytes: int = setting(
         16 << 20, help="Block changes kept for subscribers who come back."
     )
@@ -81,6 +91,9 @@ class NodeSettings(RoleSettings):
             lease_life_s=self.lease_life_s,
             max_extent_nbytes=self.max_extent_nbytes,
             max_keys=self.max_keys,
+            max_leased_ratio=self.max_leased_ratio,
+            max_client_leased_ratio=self.max_client_leased_ratio,
+            max_quarantined_ratio=self.max_quarantined_ratio,
             watch_ring_nbytes=self.watch_ring_nbytes,
         )
 
