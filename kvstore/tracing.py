@@ -125,7 +125,8 @@ def record(name: str, *, seconds: float, **facts: Fact) -> None:
     """A child of the current span, if there is one, that took `seconds` and ends now."""
     span = _CURRENT.get()
     if span is not None:
-        span.child(name, facts, began_ns=time.time_ns() - int(seconds * 1e9)).end()
+        now_ns = time.time_ns()
+        span.child(name, facts, began_ns=now_ns - round(seconds * 1e9)).end(ended_ns=now_ns)
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class Conductor:
             ),
         )
         self.metrics = Metrics(ROLE)
-        counts = ConductorMetrics(self.metrics, self.scheduler)
+        counts = ConductorMetrics(self.metrics, self.state, self.scheduler.view)
         self.pipeline = Pipeline(
             self.scheduler,
             self.engines,

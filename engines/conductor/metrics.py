@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from snowskin.engines.conductor.errors import NoInstanceReady, RequestRefused
 from snowskin.engines.conductor.request import RefusalReason, Stage
 from snowskin.engines.conductor.state import Outcome
 from snowskin.engines.conductor.view import InstanceState
 from snowskin.kvstore.metrics import CALL_S, REQUEST_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from prometheus_client.core import Metric
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from snowskin.engines.conductor.job import JobReport
-    from snowskin.engines.conductor.scheduler import Scheduler
+    from snowskin.engines.conductor.state import ConductorState
+    from snowskin.engines.conductor.view import ClusterView
     from snowskin.kvstore.clock import Clock
     from snowskin.kvstore.metrics import Metrics
     from snowskin.transport.errors import SnowskinError
@@ -33,10 +35,13 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/healthz"
 class ConductorMetrics:
     """Of one conductor."""
 
-    def __init__(self, metrics: Metrics, scheduler: Scheduler) -> None:
-        """Is read with `metrics` from now on."""
+    def __init__(
+        self, metrics: Metrics, state: ConductorState, view: Callable[[], ClusterView]
+    ) -> None:
+        """Is read with `metrics` from now on; `view` is of `state` now."""
         self._metrics = metrics
-        self._scheduler = scheduler
+        self._state = state
+        self._view = view
         self.ttft_s = metrics.histogram(
             "ttft_seconds", "Arrival of a request to its first token out.", bounds=REQUEST_S
         )
@@ -81,8 +86,7 @@ class ConductorMetrics:
         metrics.read(self._read)
 
     def _read(self) -> Iterable[Metric]:
-        metrics, state, view = self._metrics, self._scheduler.state, self._scheduler.view()
-        counts = state.counts()
+        metrics, counts, view = self._metrics, self._state.counts(), self._view()
         yield metrics.total(
             "requests_total",
             "Requests that ended, by how.",
@@ -114,10 +118,9 @@ class ConductorMetrics:
 
     def refused(self, error: SnowskinError) -> None:
         """A request was turned away, before or after it became a job."""
-        refusal = getattr(error, "refusal", None)
-        if refusal is not None:
-            self.refusals.add(1, refusal.reason)
-        elif error.reason == "NoInstanceReady":
+        if isinstance(error, RequestRefused) and error.refusal is not None:
+            self.refusals.add(1, error.refusal.reason)
+        elif isinstance(error, NoInstanceReady):
             self.refusals.add(1, RefusalReason.NO_INSTANCE)
 
     def request(self, clock: Clock, arrived_at_s: float) -> RequestMeter:

@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 # As `NodeStat.counters` names them, and what each says.
 COUNTERS = {
     "matches": "Matches that were answered with blocks or without, tails included.",
+    "matches_cut": "Matches that got a shorter run, so that no client holds too much of the pool.",
+    "matches_refused": "Matches that got nothing for the same reason.",
     "blocks_matched": "Blocks that readers were given, once for each shard and reader.",
     "blocks_committed": "Blocks that became visible, tails included.",
     "blocks_duplicate": "Blocks whose writer found them committed by another one.",
     "blocks_evicted": "Blocks that made room for new ones.",
     "blocks_evicted_unread": "Of these, blocks for one reader that it had not read.",
+    "blocks_evicted_by_operator": "Blocks that an operator had removed.",
     "blocks_corrupt": "Blocks taken out because a reader complained of their bytes.",
     "read_leases_expired": "Read leases that ran out before they were released.",
     "write_leases_expired": "Write leases that ran out before all was committed.",
+    "leases_revoked": "Leases that an operator ended.",
     "reserves_refused": "Reservations for which no room came free in time.",
 }
 POOL_SIZES = {

@@ -89,6 +89,11 @@ class Asker:
         return _answer(_events(response.text) if is_streamed else [response.json()])
 
 
+def answer_of(response: Mapping[str, Any]) -> Answer:
+    """An answer that was not streamed."""
+    return _answer([response])
+
+
 def _events(text: str) -> list[Mapping[str, Any]]:
     data = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert data[-1] == "[DONE]", f"the stream ended with {data[-1]}"
