@@ -80,6 +80,7 @@ def sampling_from(message: engine_pb2.SamplingParams) -> SamplingParams:
     return SamplingParams(
         temperature=message.temperature,
         top_p=message.top_p,
+        top_k=message.top_k,
         seed=message.seed,
         max_tokens=message.max_tokens,
         stop_token_ids=tuple(message.stop_token_ids),

@@ -66,6 +66,7 @@ def _sampling_to(sampling: Sampling) -> engine_pb2.SamplingParams:
     return engine_pb2.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
+        top_k=sampling.top_k,
         seed=sampling.seed,
         max_tokens=sampling.max_tokens,
         stop_token_ids=sampling.stop_token_ids,

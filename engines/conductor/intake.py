@@ -152,6 +152,7 @@ async def job_of(
         sampling=Sampling(
             temperature=temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=max(0, request.top_k or 0),
             seed=seed,
             stop_token_ids=() if request.ignore_eos else tuple(tokenizer.eos_token_ids),
         ),

@@ -22,6 +22,7 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int = 0
     max_tokens: int = 16
     stop_token_ids: tuple[int, ...] = ()

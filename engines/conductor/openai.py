@@ -3,8 +3,9 @@
 Rules kept here: nothing is ignored. A parameter that OpenAI does not have is unknown; one that it
 has and we do not is "not supported", unless its value is what its absence means; both are refused
 by name. Null is "not given". Types are strict: the string "5" is no number. Source: the public API
-reference of /v1/completions and /v1/chat/completions. Extensions: `ignore_eos`, `return_token_ids`.
-`user` changes no answer; it is logged as a keyed hash, to tell users apart and not to know them.
+reference of /v1/completions and /v1/chat/completions. Extensions: `ignore_eos`, `return_token_ids`,
+`top_k` (0 and -1: all). `user` changes no answer; it is logged as a keyed hash, to tell users apart
+and not to know them.
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ class GenerationRequest(_Strict):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    # vLLM's clients say -1 for "all".
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stream: bool | None = None

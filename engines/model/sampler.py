@@ -2,8 +2,9 @@
 
 Rules kept here: greedy (temperature 0) takes the largest logit, of equal ones the lowest id.
 Otherwise one number u in [0, 1) is drawn from SHA-256(seed, position), and the token is read off
-the inverse of the cumulative distribution over the nucleus (Holtzman et al. 2020, section 3.1),
-tokens by falling probability, of equal ones the lowest id first, all in float64. So a sequence can
+the inverse of the cumulative distribution over the `top_k` likeliest tokens (Fan et al. 2018) and,
+of these, the nucleus (Holtzman et al. 2020, section 3.1), tokens by falling probability, of equal
+ones the lowest id first, all in float64. So a sequence can
 move to another process with two integers, and repeats there token for token.
 """
 
@@ -34,6 +35,7 @@ class SamplingParams:
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it, at most 100.
         top_p: share of probability that the nucleus holds, in (0, 1].
+        top_k: likeliest tokens that the nucleus is taken from; 0 is all.
         seed: 0 to 2**64 - 1.
         max_tokens: tokens to generate at most, at least 1.
         stop_token_ids: tokens that end the sequence; the model's own are among them only if the
@@ -42,6 +44,7 @@ class SamplingParams:
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int = 0
     max_tokens: int = 16
     stop_token_ids: tuple[int, ...] = ()
@@ -59,6 +62,8 @@ class SamplingParams:
             )
         if not 0.0 < self.top_p <= 1.0:
             raise BadSamplingParams(f"top_p is {self.top_p}", hint="use more than 0, at most 1")
+        if self.top_k < 0:
+            raise BadSamplingParams(f"top_k is {self.top_k}", hint="use 1 or more, or 0 for all")
         if not 0 <= self.seed < 2**64:
             raise BadSamplingParams(f"seed is {self.seed}", hint="use 0 to 2**64 - 1")
         if self.max_tokens < 1:
@@ -76,9 +81,10 @@ class SampledToken:
     Attributes:
         token_id: the token.
         top_two_margin: largest minus second largest logit; infinite where there is one token only.
-        edge_distance: how far rounding must move the cumulative distribution for another token:
-            distance of u from the nearer edge of the token's interval, or of the nucleus' mass from
-            `top_p`, the smaller one. 1 where nothing was drawn.
+        edge_distance: how far rounding must move the distribution for another token, the smallest
+            of: distance of u from the nearer edge of the token's interval; of the nucleus' mass
+            from `top_p`; of the token's probability from that of the one before it and the one
+            behind it, with which it would change places. 1 where nothing was drawn.
     """
 
     token_id: int
@@ -130,18 +136,23 @@ def _drawn(
     scaled = (scaled - scaled.max()) / params.temperature
     weights = np.exp(scaled)
     order = np.argsort(-weights, kind="stable")
-    cumulative = np.cumsum(weights[order])
-    cumulative /= cumulative[-1]
+    ranked = weights[order]
+    cumulative = np.cumsum(ranked[: params.top_k or None])
+    mass = float(cumulative[-1])
+    cumulative /= mass
     # The nucleus: the shortest beginning whose mass reaches top_p.
     size = min(int(np.searchsorted(cumulative, params.top_p)) + 1, len(cumulative))
     edges = cumulative[:size] / cumulative[size - 1]
     # side="right": an interval holds its lower edge, not its upper one.
     index = min(int(np.searchsorted(edges, u, side="right")), size - 1)
-    lower = float(edges[index - 1]) if index else 0.0
     # Neither 0 nor 1 is an edge that rounding could carry the draw across.
-    distance = min(
-        u - lower if index else 1.0, float(edges[index]) - u if index < size - 1 else 1.0
-    )
+    distances = [1.0]
+    if index > 0:
+        distances += [u - float(edges[index - 1]), float(ranked[index - 1] - ranked[index]) / mass]
+    if index < size - 1:
+        distances.append(float(edges[index]) - u)
+    if index < len(ranked) - 1:
+        distances.append(float(ranked[index] - ranked[index + 1]) / mass)
     if params.top_p < 1.0:
-        distance = min(distance, float(np.abs(cumulative - params.top_p).min()))
-    return int(order[index]), distance
+        distances.append(float(np.abs(cumulative - params.top_p).min()))
+    return int(order[index]), min(distances)

@@ -190,10 +190,10 @@ async def test_one_token_needs_no_decode(model):
 async def test_sampling_reaches_the_engines_as_it_was_asked_for(model):
     async with conducting(model, pair()) as cluster:
         await cluster.complete(
-            "hello", max_tokens=5, temperature=0.5, top_p=0.25, seed=-1, ignore_eos=True
+            "hello", max_tokens=5, temperature=0.5, top_p=0.25, top_k=3, seed=-1, ignore_eos=True
         )
         sampling = cluster["prefill-0"].prefills[0].sampling
-        assert (sampling.temperature, sampling.top_p) == (0.5, 0.25)
+        assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.25, 3)
         assert sampling.seed == 2**64 - 1
         assert (sampling.max_tokens, list(sampling.stop_token_ids)) == (5, [])
         assert cluster["decode-0"].starts[0].sampling == sampling

@@ -169,6 +169,7 @@ def sampling_of(params):
     return engine_pb2.SamplingParams(
         temperature=params.temperature,
         top_p=params.top_p,
+        top_k=params.top_k,
         seed=params.seed,
         max_tokens=params.max_tokens,
         stop_token_ids=params.stop_token_ids,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from snowskin.v1 import common_pb2 as snowskin_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18snowskin/v1/engine.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\"\xa2\x01\n\x06Prompt\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12*\n\nblock_keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x11\n\tnamespace\x18\x03 \x01(\x0c\x12.\n\x0c\x63\x61\x63he_policy\x18\x04 \x01(\x0e\x32\x18.snowskin.v1.CachePolicy\x12\x16\n\x0enode_addresses\x18\x05 \x03(\t\"n\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\"\x8c\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.snowskin.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.snowskin.v1.SamplingParams\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"b\n\x0fPrefillResponse\x12%\n\x07handoff\x18\x01 \x01(\x0b\x32\x14.snowskin.v1.Handoff\x12(\n\x05stats\x18\x02 \x01(\x0b\x32\x19.snowskin.v1.PrefillStats\"u\n\x07Handoff\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x13\n\x0btail_nbytes\x18\x03 \x01(\x04\x12\x14\n\x0cnode_address\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\"\xae\x02\n\x0cPrefillStats\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_blocks_pulled\x18\x04 \x01(\r\x12\x15\n\rpulled_nbytes\x18\x05 \x01(\x04\x12\x1c\n\x14num_blocks_published\x18\x06 \x01(\r\x12\x18\n\x10published_nbytes\x18\x07 \x01(\x04\x12\x1a\n\x12num_blocks_corrupt\x18\x08 \x01(\r\x12\x0f\n\x07queue_s\x18\t \x01(\x01\x12\x0e\n\x06pull_s\x18\n \x01(\x01\x12\x11\n\tcompute_s\x18\x0b \x01(\x01\x12\x11\n\tpublish_s\x18\x0c \x01(\x01\"n\n\rDecodeRequest\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.snowskin.v1.DecodeStartH\x00\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x14.snowskin.v1.HandoffH\x00\x42\t\n\x07message\"\x91\x01\n\x0b\x44\x65\x63odeStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.snowskin.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.snowskin.v1.SamplingParams\x12\x1a\n\x12handoff_timeout_ms\x18\x04 \x01(\r\"c\n\x0e\x44\x65\x63odeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\'\n\x05stats\x18\x03 \x01(\x0b\x32\x18.snowskin.v1.DecodeStats\"\x89\x02\n\x0b\x44\x65\x63odeStats\x12\x19\n\x11num_blocks_pulled\x18\x01 \x01(\r\x12\x15\n\rpulled_nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06pull_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x66irst_byte_s\x18\x04 \x01(\x01\x12\x11\n\thandoff_s\x18\x05 \x01(\x01\x12\x1c\n\x14num_blocks_published\x18\x06 \x01(\r\x12\x18\n\x10published_nbytes\x18\x07 \x01(\x04\x12\x1a\n\x12num_blocks_corrupt\x18\x08 \x01(\r\x12\x1d\n\x15num_recomputed_tokens\x18\t \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\r\"\x0f\n\rStatusRequest\"\x86\x01\n\x0eStatusResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.snowskin.v1.InstanceLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x16\n\x0enode_connected\x18\x05 \x01(\x08\"\xbb\x02\n\x0cInstanceLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\x12\x1a\n\x12num_kv_blocks_free\x18\x05 \x01(\r\x12\x1b\n\x13num_tokens_computed\x18\x06 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\x08 \x01(\x01\x12\x15\n\rdecode_step_s\x18\t \x01(\x01\x12\x18\n\x10num_nodes_silent\x18\n \x01(\r\x12\x14\n\x0cnum_silences\x18\x0b \x01(\x04\x12\x16\n\x0enum_calls_late\x18\x0c \x01(\x04\x32\xd8\x01\n\x06\x45ngine\x12\x44\n\x07Prefill\x12\x1b.snowskin.v1.PrefillRequest\x1a\x1c.snowskin.v1.PrefillResponse\x12\x45\n\x06\x44\x65\x63ode\x12\x1a.snowskin.v1.DecodeRequest\x1a\x1b.snowskin.v1.DecodeResponse(\x01\x30\x01\x12\x41\n\x06Status\x12\x1a.snowskin.v1.StatusRequest\x1a\x1b.snowskin.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18snowskin/v1/engine.proto\x12\x0bsnowskin.v1\x1a\x18snowskin/v1/common.proto\"\xa2\x01\n\x06Prompt\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12*\n\nblock_keys\x18\x02 \x01(\x0b\x32\x16.snowskin.v1.KeyColumn\x12\x11\n\tnamespace\x18\x03 \x01(\x0c\x12.\n\x0c\x63\x61\x63he_policy\x18\x04 \x01(\x0e\x32\x18.snowskin.v1.CachePolicy\x12\x16\n\x0enode_addresses\x18\x05 \x03(\t\"}\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\"\x8c\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.snowskin.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.snowskin.v1.SamplingParams\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\"b\n\x0fPrefillResponse\x12%\n\x07handoff\x18\x01 \x01(\x0b\x32\x14.snowskin.v1.Handoff\x12(\n\x05stats\x18\x02 \x01(\x0b\x32\x19.snowskin.v1.PrefillStats\"u\n\x07Handoff\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x13\n\x0btail_nbytes\x18\x03 \x01(\x04\x12\x14\n\x0cnode_address\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\"\xae\x02\n\x0cPrefillStats\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_blocks_pulled\x18\x04 \x01(\r\x12\x15\n\rpulled_nbytes\x18\x05 \x01(\x04\x12\x1c\n\x14num_blocks_published\x18\x06 \x01(\r\x12\x18\n\x10published_nbytes\x18\x07 \x01(\x04\x12\x1a\n\x12num_blocks_corrupt\x18\x08 \x01(\r\x12\x0f\n\x07queue_s\x18\t \x01(\x01\x12\x0e\n\x06pull_s\x18\n \x01(\x01\x12\x11\n\tcompute_s\x18\x0b \x01(\x01\x12\x11\n\tpublish_s\x18\x0c \x01(\x01\"n\n\rDecodeRequest\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.snowskin.v1.DecodeStartH\x00\x12\'\n\x07handoff\x18\x02 \x01(\x0b\x32\x14.snowskin.v1.HandoffH\x00\x42\t\n\x07message\"\x91\x01\n\x0b\x44\x65\x63odeStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.snowskin.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.snowskin.v1.SamplingParams\x12\x1a\n\x12handoff_timeout_ms\x18\x04 \x01(\r\"c\n\x0e\x44\x65\x63odeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\'\n\x05stats\x18\x03 \x01(\x0b\x32\x18.snowskin.v1.DecodeStats\"\x89\x02\n\x0b\x44\x65\x63odeStats\x12\x19\n\x11num_blocks_pulled\x18\x01 \x01(\r\x12\x15\n\rpulled_nbytes\x18\x02 \x01(\x04\x12\x0e\n\x06pull_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x66irst_byte_s\x18\x04 \x01(\x01\x12\x11\n\thandoff_s\x18\x05 \x01(\x01\x12\x1c\n\x14num_blocks_published\x18\x06 \x01(\r\x12\x18\n\x10published_nbytes\x18\x07 \x01(\x04\x12\x1a\n\x12num_blocks_corrupt\x18\x08 \x01(\r\x12\x1d\n\x15num_recomputed_tokens\x18\t \x01(\r\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\r\"\x0f\n\rStatusRequest\"\x86\x01\n\x0eStatusResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\'\n\x04load\x18\x03 \x01(\x0b\x32\x19.snowskin.v1.InstanceLoad\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x16\n\x0enode_connected\x18\x05 \x01(\x08\"\xbb\x02\n\x0cInstanceLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\x04\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\x12\x1a\n\x12num_kv_blocks_free\x18\x05 \x01(\r\x12\x1b\n\x13num_tokens_computed\x18\x06 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x18\n\x10pull_bytes_per_s\x18\x08 \x01(\x01\x12\x15\n\rdecode_step_s\x18\t \x01(\x01\x12\x18\n\x10num_nodes_silent\x18\n \x01(\r\x12\x14\n\x0cnum_silences\x18\x0b \x01(\x04\x12\x16\n\x0enum_calls_late\x18\x0c \x01(\x04\x32\xd8\x01\n\x06\x45ngine\x12\x44\n\x07Prefill\x12\x1b.snowskin.v1.PrefillRequest\x1a\x1c.snowskin.v1.PrefillResponse\x12\x45\n\x06\x44\x65\x63ode\x12\x1a.snowskin.v1.DecodeRequest\x1a\x1b.snowskin.v1.DecodeResponse(\x01\x30\x01\x12\x41\n\x06Status\x12\x1a.snowskin.v1.StatusRequest\x1a\x1b.snowskin.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_start=68
   _globals['_PROMPT']._serialized_end=230
   _globals['_SAMPLINGPARAMS']._serialized_start=232
-  _globals['_SAMPLINGPARAMS']._serialized_end=342
-  _globals['_PREFILLREQUEST']._serialized_start=345
-  _globals['_PREFILLREQUEST']._serialized_end=485
-  _globals['_PREFILLRESPONSE']._serialized_start=487
-  _globals['_PREFILLRESPONSE']._serialized_end=585
-  _globals['_HANDOFF']._serialized_start=587
-  _globals['_HANDOFF']._serialized_end=704
-  _globals['_PREFILLSTATS']._serialized_start=707
-  _globals['_PREFILLSTATS']._serialized_end=1009
-  _globals['_DECODEREQUEST']._serialized_start=1011
-  _globals['_DECODEREQUEST']._serialized_end=1121
-  _globals['_DECODESTART']._serialized_start=1124
-  _globals['_DECODESTART']._serialized_end=1269
-  _globals['_DECODERESPONSE']._serialized_start=1271
-  _globals['_DECODERESPONSE']._serialized_end=1370
-  _globals['_DECODESTATS']._serialized_start=1373
-  _globals['_DECODESTATS']._serialized_end=1638
-  _globals['_STATUSREQUEST']._serialized_start=1640
-  _globals['_STATUSREQUEST']._serialized_end=1655
-  _globals['_STATUSRESPONSE']._serialized_start=1658
-  _globals['_STATUSRESPONSE']._serialized_end=1792
-  _globals['_INSTANCELOAD']._serialized_start=1795
-  _globals['_INSTANCELOAD']._serialized_end=2110
-  _globals['_ENGINE']._serialized_start=2113
-  _globals['_ENGINE']._serialized_end=2329
+  _globals['_SAMPLINGPARAMS']._serialized_end=357
+  _globals['_PREFILLREQUEST']._serialized_start=360
+  _globals['_PREFILLREQUEST']._serialized_end=500
+  _globals['_PREFILLRESPONSE']._serialized_start=502
+  _globals['_PREFILLRESPONSE']._serialized_end=600
+  _globals['_HANDOFF']._serialized_start=602
+  _globals['_HANDOFF']._serialized_end=719
+  _globals['_PREFILLSTATS']._serialized_start=722
+  _globals['_PREFILLSTATS']._serialized_end=1024
+  _globals['_DECODEREQUEST']._serialized_start=1026
+  _globals['_DECODEREQUEST']._serialized_end=1136
+  _globals['_DECODESTART']._serialized_start=1139
+  _globals['_DECODESTART']._serialized_end=1284
+  _globals['_DECODERESPONSE']._serialized_start=1286
+  _globals['_DECODERESPONSE']._serialized_end=1385
+  _globals['_DECODESTATS']._serialized_start=1388
+  _globals['_DECODESTATS']._serialized_end=1653
+  _globals['_STATUSREQUEST']._serialized_start=1655
+  _globals['_STATUSREQUEST']._serialized_end=1670
+  _globals['_STATUSRESPONSE']._serialized_start=1673
+  _globals['_STATUSRESPONSE']._serialized_end=1807
+  _globals['_INSTANCELOAD']._serialized_start=1810
+  _globals['_INSTANCELOAD']._serialized_end=2125
+  _globals['_ENGINE']._serialized_start=2128
+  _globals['_ENGINE']._serialized_end=2344
 # @@protoc_insertion_point(module_scope)

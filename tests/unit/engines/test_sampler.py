@@ -58,6 +58,7 @@ def test_forbidden_tokens_are_never_drawn():
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": math.nan},
+        {"top_k": -1},
         {"seed": -1},
         {"seed": 2**64},
         {"max_tokens": 0},
@@ -105,13 +106,52 @@ def test_the_nucleus_is_the_shortest_beginning_that_reaches_top_p():
 
 
 def test_the_edge_distance_is_small_where_rounding_would_change_the_token():
-    # Two equal tokens: the only edge between them lies at one half.
+    # Two tokens: the only edge between them lies at 0.9, and they change places where 0.8 moves.
+    params = SamplingParams(temperature=1.0)
+    values = torch.tensor([0.9, 0.1]).log()
+    for at in range(50):
+        chosen = sample(values, params, at)
+        u = uniform(params.seed, at)
+        assert chosen.token_id == int(u >= 0.9)
+        assert chosen.edge_distance == pytest.approx(min(abs(u - 0.9), 0.8), abs=1e-6)
+
+
+def test_tokens_that_rounding_would_put_in_another_order_are_near_an_edge():
     params = SamplingParams(temperature=1.0)
     for at in range(50):
-        chosen = sample(logits(1.0, 1.0), params, at)
-        u = uniform(params.seed, at)
-        assert chosen.token_id == int(u >= 0.5)
-        assert chosen.edge_distance == pytest.approx(abs(u - 0.5), abs=1e-12)
+        one = sample(logits(1.0, 1.00001, -9.0), params, at)
+        other = sample(logits(1.00001, 1.0, -9.0), params, at)
+        assert one.edge_distance < 1e-3
+        assert {one.token_id, other.token_id} <= {0, 1, 2}
+    u_is_low = [at for at in range(50) if uniform(0, at) < 0.49]
+    assert any(
+        sample(logits(1.0, 1.00001), params, at).token_id
+        != sample(logits(1.00001, 1.0), params, at).token_id
+        for at in u_is_low
+    )
+
+
+def test_top_k_draws_from_the_likeliest_alone_and_before_the_nucleus():
+    values = logits(*np.log([0.1, 0.5, 0.15, 0.25]))
+
+    def drawn(**fields):
+        params = SamplingParams(temperature=1.0, **fields)
+        return {sample(values, params, at).token_id for at in range(300)}
+
+    assert drawn(top_k=1) == {1}
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_k=3) == {1, 2, 3}
+    assert drawn(top_k=0) == drawn(top_k=4) == drawn(top_k=99) == {0, 1, 2, 3}
+    # Of two thirds and one third, 0.66 is reached by the first; of all four it needs the second.
+    assert drawn(top_k=2, top_p=0.66) == {1}
+    assert drawn(top_p=0.66) == {1, 3}
+
+
+def test_the_last_of_top_k_is_near_an_edge_where_the_next_one_is_as_likely(monkeypatch):
+    monkeypatch.setattr("snowskin.engines.model.sampler.uniform", lambda _seed, _position: 0.9)
+    params = SamplingParams(temperature=1.0, top_k=2)
+    assert sample(logits(2.0, 1.0, 0.99999), params, 0).edge_distance < 1e-3
+    assert sample(logits(2.0, 1.0, -3.0), params, 0).edge_distance > 1e-2
 
 
 def test_a_draw_on_an_edge_belongs_to_the_token_above_it(monkeypatch):
@@ -124,18 +164,17 @@ def test_a_draw_on_an_edge_belongs_to_the_token_above_it(monkeypatch):
     st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=40),
     st.floats(0.05, 5),
     st.floats(0.05, 1),
+    st.integers(0, 6),
     st.integers(0, 2**64 - 1),
     st.integers(0, 10**6),
 )
 def test_a_nudge_below_the_edge_distance_never_changes_the_token(
-    values, temperature, top_p, seed, position
+    values, temperature, top_p, top_k, seed, position
 ):
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     row = np.array(values, dtype=np.float32)
     chosen = sample(row, params, position)
-    if chosen.edge_distance < 1e-2 or len(set(values)) < len(values):
-        return  # near an edge, or equal tokens, whose order a nudge may turn
-    nudge = np.float32(1e-5) * np.where(np.arange(len(row)) % 2, 1, -1).astype(np.float32)
-    if np.diff(np.sort(row)).min() <= 4e-5:
+    if chosen.edge_distance < 1e-2:
         return
+    nudge = np.float32(1e-5) * np.where(np.arange(len(row)) % 2, 1, -1).astype(np.float32)
     assert sample(row + nudge, params, position).token_id == chosen.token_id

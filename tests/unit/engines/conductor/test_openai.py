@@ -31,7 +31,7 @@ def refused(parse, **fields):
 
 def test_everything_supported_is_understood():
     request = completion(
-        max_tokens=3, temperature=0, top_p=0.5, seed=7, stop=["a", "b"], stream=True, n=1,
+        max_tokens=3, temperature=0, top_p=0.5, top_k=5, seed=7, stop=["a", "b"], stream=True, n=1,
         stream_options={"include_usage": True}, user="u", ignore_eos=True, return_token_ids=True,
     )  # fmt: skip
     assert (request.prompt, request.wanted_tokens, request.temperature) == ("hi", 3, 0.0)
@@ -45,7 +45,7 @@ def test_everything_supported_is_understood():
 
 
 OPTIONAL = [
-    "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "user",
+    "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "user",
     "ignore_eos", "return_token_ids", "n", "logprobs", "tools",
 ]  # fmt: skip
 
@@ -91,6 +91,7 @@ def test_what_says_in_words_what_its_absence_means_is_accepted(name, value):
         ({"max_tokens": 1.0}, "max_tokens"), ({"max_tokens": True}, "max_tokens"),
         ({"temperature": 2.1}, "temperature"), ({"temperature": float("nan")}, "temperature"),
         ({"temperature": -0.1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"), ({"top_k": 1.5}, "top_k"),
         ({"seed": 2**64}, "seed"), ({"seed": 1.5}, "seed"), ({"stream": "yes"}, "stream"),
         ({"stop": ["a"] * 5}, "stop"), ({"stop": [""]}, "stop"), ({"stop": [1]}, "stop"),
         ({"stop": "x" * 257}, "stop"), ({"stream_options": {}}, "stream_options"),
