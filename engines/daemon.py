@@ -365,9 +365,9 @@ async def _warm_up(engine: _Engine, max_tokens: int) -> None:
     num_tokens = min(WARM_UP_TOKENS, engine.limits.chunk_tokens, max_tokens)
     num_tokens = min(num_tokens, engine.limits.max_context_tokens)
     meter = engine.instance.meter
-    meter.prefilled(num_tokens=num_tokens, seconds=await engine.runner.warm_up(num_tokens))
-    if engine.decode is not None:
-        meter.decoded(seconds=await engine.runner.warm_up(1))
+    prefill_s = await engine.runner.warm_up(num_tokens)
+    decode_s = await engine.runner.warm_up(1) if engine.decode is not None else 0.0
+    meter.warmed_up(num_tokens=num_tokens, prefill_s=prefill_s, decode_s=decode_s)
 
 
 async def _wait_for_node(link: StoreLink, node: str, stop: Stop) -> None:

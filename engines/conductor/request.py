@@ -88,6 +88,7 @@ class Placement:
         num_kv_blocks: blocks of KV memory that it is expected to hold.
         estimate: for prefill; None for decode, which does not delay the first token.
         pulls: what to pull from whom, in order.
+        replicas: nodes that hold some of it too, should one of these fail; who holds most first.
     """
 
     stage: Stage
@@ -97,11 +98,12 @@ class Placement:
     num_kv_blocks: int = 0
     estimate: Estimate | None = None
     pulls: tuple[PlannedPull, ...] = ()
+    replicas: tuple[str, ...] = ()
 
     @property
     def node_addresses(self) -> tuple[str, ...]:
-        """The nodes of the pulls, in the order in which they are needed first."""
-        return tuple(dict.fromkeys(pull.address for pull in self.pulls))
+        """The nodes of the pulls, in the order in which they are needed first, then the others."""
+        return tuple(dict.fromkeys([*(pull.address for pull in self.pulls), *self.replicas]))
 
 
 class RefusalReason(StrEnum):

@@ -72,6 +72,12 @@ class Presence:
             bitmaps[address] = bitmaps.get(address, 0) | bitmap
         return Presence(bitmaps=bitmaps)
 
+    def holders(self, num_blocks: int) -> list[str]:
+        """Nodes that hold any of the first `num_blocks` blocks, who holds most of them first."""
+        wanted = (1 << num_blocks) - 1
+        held = {a: (bitmap & wanted).bit_count() for a, bitmap in self.bitmaps.items()}
+        return sorted((a for a, count in held.items() if count), key=lambda a: (-held[a], a))
+
     def pulls(self, *, own: str, limit: int) -> list[PlannedPull]:
         """What to pull from whom, in order, for the longest prefix of at most `limit` blocks.
 

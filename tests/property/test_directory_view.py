@@ -335,6 +335,12 @@ def test_a_run_ends_before_the_first_block_that_is_not_there(bitmaps):
         assert presence.num_present(address) == bin(bits).count("1")
 
 
+def test_holders_are_those_of_the_prefix_who_holds_most_first():
+    presence = Presence(bitmaps={"a": 0b100, "b": 0b11, "c": 0b11, "d": 0b1000, "e": 0b1101})
+    assert presence.holders(3) == ["b", "c", "e", "a"]
+    assert presence.holders(0) == []
+
+
 # --- single steps
 
 

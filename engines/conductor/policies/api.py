@@ -14,6 +14,7 @@ A policy knows no gRPC and no clock, so that a simulator can call the same objec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 from snowskin.engines.conductor import admission
@@ -30,6 +31,9 @@ from snowskin.engines.conductor.request import (
 
 if TYPE_CHECKING:
     from snowskin.engines.conductor.view import ClusterView, InstanceView
+    from snowskin.kvstore.directory.presence import PlannedPull
+
+MAX_REPLICAS = 2  # of one plan, beside the nodes that it pulls from
 
 
 class Policy(ABC):
@@ -68,17 +72,15 @@ class Policy(ABC):
 
     def _placed(self, request: Request, stage: Stage, instance: InstanceView) -> Placement:
         if stage is Stage.DECODE:
+            # Its tail comes from prefill, all full blocks may come from wherever they are.
+            num_blocks = request.num_tokens // request.shape.block_size
+            pulls = tuple(request.presence.pulls(own=instance.node_address, limit=num_blocks))
             return Placement(
                 stage=stage,
                 instance_id=instance.instance_id,
                 num_kv_blocks=request.num_kv_blocks,
-                pulls=tuple(
-                    # Its tail comes from prefill, all full blocks may come from wherever they are.
-                    request.presence.pulls(
-                        own=instance.node_address,
-                        limit=request.num_tokens // request.shape.block_size,
-                    )
-                ),
+                pulls=pulls,
+                replicas=_replicas(request, pulls),
             )
         pulls = self.cost_model.pulls(request, instance)
         num_cached_blocks = sum(pull.num_blocks for pull in pulls)
@@ -90,4 +92,13 @@ class Policy(ABC):
             num_kv_blocks=-(-request.num_tokens // request.shape.block_size),
             estimate=self.cost_model.estimate(request, instance),
             pulls=pulls,
+            replicas=_replicas(request, pulls),
         )
+
+
+def _replicas(request: Request, pulls: tuple[PlannedPull, ...]) -> tuple[str, ...]:
+    """Who else holds some of what is pulled, should a node fail in the middle of it."""
+    num_blocks = sum(pull.num_blocks for pull in pulls)
+    planned = {pull.address for pull in pulls}
+    others = (each for each in request.presence.holders(num_blocks) if each not in planned)
+    return tuple(islice(others, MAX_REPLICAS))

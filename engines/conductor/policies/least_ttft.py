@@ -2,6 +2,8 @@
 
 - prefill: least transfer + queue + prefill by the cost model; cached blocks are worth the prefill
   that they save less their way, which is short from the instance's own node.
+- an instance that has computed nothing yet knows its rate from a warm-up alone, while all started
+  together: it counts as fast as the fastest, or a slow start would keep work from it for good.
 - decode: instances with room in KV memory before those without; of these the fewest requests, then
   the most free blocks.
 - ties: the lowest instance id.
@@ -9,6 +11,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from snowskin.engines.conductor.policies.api import Policy
@@ -28,7 +31,11 @@ class LeastTtft(Policy):
     ) -> InstanceView:
         """The cheapest candidate; of equals `min` keeps the first, hence the lowest id."""
         if stage is Stage.PREFILL:
-            return min(candidates, key=lambda each: self.cost_model.estimate(request, each).ttft_s)
+            fastest = max(each.load.prefill_tokens_per_s for each in candidates)
+            return min(
+                candidates,
+                key=lambda each: self.cost_model.estimate(request, _hoped(each, fastest)).ttft_s,
+            )
         return min(
             candidates,
             key=lambda each: (
@@ -37,3 +44,10 @@ class LeastTtft(Policy):
                 -each.num_free_blocks,
             ),
         )
+
+
+def _hoped(instance: InstanceView, fastest_tokens_per_s: float) -> InstanceView:
+    """The instance as it may be, where nothing is known of it yet."""
+    if instance.load.num_tokens_computed:
+        return instance
+    return replace(instance, load=replace(instance.load, prefill_tokens_per_s=fastest_tokens_per_s))

@@ -60,3 +60,24 @@ def test_ties_go_to_the_lowest_id():
     for stage in Stage:
         cluster = view(instance(f"{stage}-1"), instance(f"{stage}-0"))
         assert chosen(LEAST, stage, cluster) == f"{stage}-0"
+
+
+def test_a_slow_warm_up_does_not_keep_work_from_an_instance_for_good():
+    proven = load(prefill_tokens_per_s=600.0, num_tokens_computed=5000, num_waiting_tokens=200)
+    fresh = load(prefill_tokens_per_s=100.0, num_tokens_computed=0)
+    cluster = view(instance("prefill-0", load=proven), instance("prefill-1", load=fresh))
+    assert chosen(LEAST, Stage.PREFILL, cluster) == "prefill-1"
+    slow = load(prefill_tokens_per_s=100.0, num_tokens_computed=5000)
+    cluster = view(instance("prefill-0", load=proven), instance("prefill-1", load=slow))
+    assert chosen(LEAST, Stage.PREFILL, cluster) == "prefill-0"
+
+
+def test_a_plan_names_who_else_holds_the_blocks_should_a_node_fail():
+    presence = Presence(
+        bitmaps={"node-0:1": 0b1111, "node-1:1": 0b0110, "node-2:1": 0b1110, "node-3:1": 0b10000}
+    )
+    cluster = view(instance("prefill-0"), instance("decode-0"))
+    for stage in Stage:
+        answer = LEAST.place(request(num_tokens=70, presence=presence), stage, cluster)
+        assert isinstance(answer, Placement)
+        assert answer.node_addresses == ("node-0:1", "node-2:1", "node-1:1")
