@@ -11,11 +11,14 @@ STAMP := $(VENV)/.set-up
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help setup demo protos check test test-nightly bench-smoke up clean
+.PHONY: help setup demo demo-wide protos check test test-nightly bench-smoke up clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
-setup: $(STAMP) ## install everything into .venv (the other targets do it too)
+setdemo-wide: $(STAMP) ## as demo, with two nodes and 2 + 2 engines, and its goals must hold
+	$(BIN)/snowskin demo --nodes 2 --prefill 2 --decode 2 --strict $(DEMO_FLAGS)
+
+up: $(STAMP) ## install everything into .venv (the other targets do it too)
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@command -v git >/dev/null || { echo "needs git: apt-get install -y git make python3-venv"; exit 1; }

@@ -16,6 +16,14 @@ QUESTIONS = (
     "Which part of it matters most to an operator?",
     "And what would you read next?",
 )
+# Of users who read the same document at the same time, where a cluster has several engines of a kind.
+READERS_QUESTIONS = (
+    "Who should read this first?",
+    "What does this document leave open?",
+    "Which term here needs a definition?",
+    "What would you ask its author?",
+)
+PASSAGE_LENGTH = 400
 RANDOM_MODEL = "demo-model-llama-l12-h512-s0"
 # In the order of preference; the first ones that together are long enough.
 DOCUMENTS = ("docs/architecture.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
@@ -73,6 +81,16 @@ def read_document(prompt_file: Path | None, checkout: Path = _CHECKOUT) -> str:
 def first_message(document: str) -> Message:
     """The user's first message: the document and the first question."""
     return {"role": "user", "content": f"{document}\n\n{QUESTIONS[0]}"}
+
+
+def readers_message(document: str, number: int) -> Message:
+    """What reader `number`, from 0, asks about the document, and about a passage of it.
+
+    The passage is new work for prefill: without any, one engine would be done before a second could help.
+    """
+    question = READERS_QUESTIONS[number % len(READERS_QUESTIONS)]
+    passage = document[number * PASSAGE_LENGTH : (number + 1) * PASSAGE_LENGTH]
+    return {"role": "user", "content": f"{document}\n\n{question}\n\n> {passage}"}
 
 
 def cut_document(document: str, num_tokens: int, count: Callable[[Sequence[Message]], int]) -> str:
