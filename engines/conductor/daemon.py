@@ -74,7 +74,9 @@ class ConductorSettings(RoleSettings):
     instance_wait_s: float = setting(10.0, help="Seconds to wait for a ready instance.")
     request_timeout_s: float = setting(300.0, help="Seconds that one request may take.")
     max_retries: int = setting(2, help="Retries of prefill, and of decode, when one is lost.")
-    probe_timeout_s: float = setting(0.05, help="Seconds to wait for nodes' hits.")
+    probe_budget_s: float = setting(
+        0.006, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
+    )
     watch_silence_s: float = setting(
         SILENCE_S, help="Seconds without news from a node, after which it is asked instead."
     )
@@ -107,7 +109,7 @@ class ConductorSettings(RoleSettings):
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="give seconds above 0")
         for name in (
             *("max_retries", "max_waiting_tokens", "max_waiting_requests"),
-            *("instance_wait_s", "probe_timeout_s"),
+            *("instance_wait_s", "probe_budget_s"),
         ):
             if getattr(self, name) < 0:
                 raise BadSetting(f"{name} is {getattr(self, name)}", hint="give 0 or more")
@@ -121,7 +123,7 @@ class Conductor:
         clock = SystemClock()
         self.clock = clock
         self.state = ConductorState(suspect_after_s=MISSED_REPORTS * settings.report_interval_s)
-        self.nodes = Nodes(_connect, clock)
+        self.nodes = Nodes(_connect, clock, budget_s=settings.probe_budget_s)
         self.directory = Directory(watch, clock, silence_s=settings.watch_silence_s)
         self.engines = EngineClients()
         self.scheduler = Scheduler(
@@ -139,7 +141,6 @@ class Conductor:
             clock,
             SchedulerLimits(
                 instance_wait_s=settings.instance_wait_s,
-                probe_timeout_s=settings.probe_timeout_s,
                 default_max_tokens=settings.default_max_tokens,
                 max_waiting=settings.max_waiting_requests,
             ),

@@ -1,8 +1,10 @@
 """What of a prompt is cached where: lease-free questions to the nodes, within a small budget.
 
-Rules kept here: a question never waits longer than its budget, and a node that does not answer in
-time is not there for this request; connecting goes on in the background and outlives the question
-that began it; a node that cannot be reached is tried again with a growing pause, never in a loop.
+Rules kept here: a request's question takes no longer than the node usually does and a budget; a
+node that does not answer in time is not there for this request, and soon nobody asks it until it
+answers again (`NodeGuard`); connecting goes on in the background and outlives the question that
+began it, and no request waits for it where it has failed before; a node that cannot be reached is
+tried again with a growing pause, never in a loop.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from snowskin.kvstore.blocks import KeyColumn
+from snowskin.kvstore.client.breaker import LookupBudget
+from snowskin.kvstore.client.guard import NodeGuard
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
-    from snowskin.kvstore.blocks import KeyColumn
     from snowskin.kvstore.clock import Clock
     from snowskin.kvstore.messages import NodeStat, Probed
 
@@ -25,6 +29,10 @@ _AnswerT = TypeVar("_AnswerT")
 
 MIN_PAUSE_S = 0.1
 MAX_PAUSE_S = 2.0
+# With what an instance may lose at its own look-ups this stays within 20 ms.
+PROBE_BUDGET_S = 0.006
+# Of no block: a node is asked for it only to see whether it answers.
+NO_NAMESPACE, NO_KEY = bytes(32), KeyColumn.of([bytes(32)])
 
 log = get_logger(__name__)
 
@@ -81,6 +89,7 @@ class NodeHit:
 class _Node:
     """One address: a client, or an attempt to connect, or the time before which none is made."""
 
+    guard: NodeGuard
     client: NodeClient | None = None
     connecting: asyncio.Task[None] | None = None
     pause_s: float = MIN_PAUSE_S
@@ -91,17 +100,18 @@ class _Node:
 class Nodes:
     """Connections to the nodes that instances have named."""
 
-    def __init__(self, connect: Connect, clock: Clock) -> None:
-        """Connects by `connect(address)`, lazily."""
+    def __init__(self, connect: Connect, clock: Clock, *, budget_s: float = PROBE_BUDGET_S) -> None:
+        """Connects by `connect(address)`, lazily; a request may lose `budget_s` seconds here."""
         self._connect = connect
         self._clock = clock
+        self._budget_s = budget_s
         self._nodes: dict[str, _Node] = {}
         self._closed = False
 
     def want(self, address: str) -> None:
         """Begins to connect, so that the first question need not wait for it."""
         if address and not self._closed:
-            self._begin(address, self._nodes.setdefault(address, _Node()))
+            self._begin(address, self._node(address))
 
     async def probe(
         self,
@@ -109,9 +119,12 @@ class Nodes:
         *,
         namespaces: Sequence[bytes],
         keys: KeyColumn,
-        timeout_s: float,
+        timeout_s: float | None = None,
     ) -> list[NodeHit]:
-        """What each node holds of `keys`, all asked at once; within `timeout_s` seconds."""
+        """What each node holds of `keys`, all asked at once.
+
+        Within `timeout_s` seconds, or, where a request asks (None), within what it may lose.
+        """
         if not len(keys):
             return [NodeHit(address=address) for address in addresses]
         asked = [self._probe_one(each, namespaces, keys, timeout_s) for each in addresses]
@@ -161,12 +174,17 @@ class Nodes:
         await self.keep_only(())
 
     async def _probe_one(
-        self, address: str, namespaces: Sequence[bytes], keys: KeyColumn, timeout_s: float
+        self, address: str, namespaces: Sequence[bytes], keys: KeyColumn, timeout_s: float | None
     ) -> NodeHit:
         try:
-            async with asyncio.timeout(timeout_s):
-                client = await self._client(address)
-                found = await self._asked(address, client.probe(namespaces=namespaces, keys=keys))
+            if timeout_s is None:
+                found = await self._probe_for_request(address, namespaces, keys)
+            else:
+                async with asyncio.timeout(timeout_s):
+                    client = await self._client(address)
+                    found = await self._asked(
+                        address, client.probe(namespaces=namespaces, keys=keys)
+                    )
         except TimeoutError:
             log.debug("node not asked in time", node=address, timeout_s=timeout_s)
             return NodeHit(address=address, error=f"no answer within {timeout_s} s")
@@ -178,6 +196,50 @@ class Nodes:
             num_blocks=found.num_blocks,
             bitmap=int.from_bytes(found.present_bitmap, "little"),
         )
+
+    async def _probe_for_request(
+        self, address: str, namespaces: Sequence[bytes], keys: KeyColumn
+    ) -> Probed:
+        budget = LookupBudget(self._budget_s)
+        node = self._node(address)
+        if node.client is None and node.error is not None:
+            self._begin(address, node)
+            raise node.error
+        try:
+            async with asyncio.timeout(budget.left_s):
+                client = await self._client(address)
+        except TimeoutError:
+            # Known from now on as one that is not waited for.
+            node.error = node.error or NodeUnavailable(f"node {address} is not connected yet")
+            raise node.error from None
+        with node.guard.asking(budget) as asking:
+            try:
+                async with asyncio.timeout(asking.timeout_s):
+                    return await self._asked(
+                        address, client.probe(namespaces=namespaces, keys=keys)
+                    )
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"node {address} did not answer within {asking.timeout_s:.3f} s"
+                ) from None
+
+    def _node(self, address: str) -> _Node:
+        node = self._nodes.get(address)
+        if node is None:
+
+            async def look() -> None:
+                await self._look(address)
+
+            guard = NodeGuard(f"node {address}", look, budget_s=self._budget_s)
+            node = self._nodes[address] = _Node(guard)
+        return node
+
+    async def _look(self, address: str) -> None:
+        """Asks a node something small, where it is connected; for its guard, which bounds it."""
+        node = self._nodes.get(address)
+        if node is None or node.client is None:
+            raise NodeUnavailable(f"node {address} is not connected")
+        await node.client.probe(namespaces=(NO_NAMESPACE,), keys=NO_KEY)
 
     async def _asked(self, address: str, answer: Awaitable[_AnswerT]) -> _AnswerT:
         try:
@@ -191,7 +253,7 @@ class Nodes:
         """The connected client; raises NodeUnavailable where there is none and none comes."""
         if self._closed:
             raise NodeUnavailable(f"node {address} is not asked: the conductor is stopping")
-        node = self._nodes.setdefault(address, _Node())
+        node = self._node(address)
         self._begin(address, node)
         if node.connecting is not None:
             # Waited for, not awaited: the connection is for the next question too, and an attempt
@@ -212,6 +274,7 @@ class Nodes:
         try:
             node.client = await self._connect(address)
             node.pause_s, node.error = MIN_PAUSE_S, None
+            node.guard.forget()
         except SnowskinError as error:
             self._pause(node, error)
             log.debug("node not connected", node=address, error=str(error))
@@ -231,6 +294,7 @@ class Nodes:
         if node is None or node.client is None:
             return
         client, node.client = node.client, None
+        node.guard.forget()
         self._pause(node, error)
         log.warning("node lost", node=address, error=str(error))
         node.connecting = asyncio.create_task(self._close_lost(client, node))
@@ -244,6 +308,7 @@ class Nodes:
             node.connecting = None
 
     async def _drop(self, node: _Node) -> None:
+        await node.guard.close()
         if node.connecting is not None:
             node.connecting.cancel()
             await asyncio.gather(node.connecting, return_exceptions=True)

@@ -53,14 +53,12 @@ class SchedulerLimits:
 
     Attributes:
         instance_wait_s: for a ready instance of a role.
-        probe_timeout_s: for the nodes' answers; without them a request is placed unaware of hits.
         default_max_tokens: where a request does not say, as far as the context allows.
         max_waiting: new requests that wait for an instance at once; who comes then is not kept. Those
             that lost their instance on the way wait besides: they have been promised an answer.
     """
 
     instance_wait_s: float = 10.0
-    probe_timeout_s: float = 0.05
     default_max_tokens: int = 512
     max_waiting: int = 128
 
@@ -259,7 +257,7 @@ class Scheduler:
             addresses,
             namespaces=shape.namespaces,
             keys=keys,
-            timeout_s=self.limits.probe_timeout_s if timeout_s is None else timeout_s,
+            timeout_s=timeout_s,
         )
 
     @traced("admit")

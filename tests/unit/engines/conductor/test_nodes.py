@@ -22,8 +22,10 @@ class FakeNode:
         self.num_closed = 0
         self.error: NodeUnavailable | None = None
         self.hangs = False
+        self.num_probes = 0
 
     async def probe(self, *, namespaces, keys):
+        self.num_probes += 1
         if self.hangs:
             await asyncio.Event().wait()
         if self.error:
@@ -186,3 +188,69 @@ async def test_closing_ends_an_attempt_to_connect(net, nodes):
     await asyncio.sleep(0)
     assert net.attempts == ["a"]
     await nodes.close()
+
+
+# --- what a request may lose
+
+
+async def asked(nodes, *addresses):
+    """As for a request: no time is given."""
+    return await nodes.probe(addresses, namespaces=NAMESPACES, keys=KEYS)
+
+
+async def test_a_silent_node_costs_a_request_its_budget_and_is_then_left_alone(net, nodes):
+    node = net.nodes["a"] = FakeNode()
+    assert (await probed(nodes, "a"))[0].num_blocks == 2
+    node.hangs = True
+    (hit,) = await asked(nodes, "a")
+    assert "did not answer within" in hit.error
+    guard = nodes._nodes["a"].guard
+    async with asyncio.timeout(10):
+        while guard.usable:  # noqa: ASYNC110  the guard has no event for it
+            await asyncio.sleep(0.001)
+    num_probes = node.num_probes
+    (hit,) = await asked(nodes, "a")
+    assert "left alone" in hit.error
+    assert node.num_probes == num_probes
+    node.hangs = False
+    async with asyncio.timeout(10):
+        while not guard.usable:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert (await asked(nodes, "a"))[0].num_blocks == 2
+
+
+async def test_a_silent_node_does_not_hide_what_another_has(net, nodes):
+    net.nodes = {"a": FakeNode(), "b": FakeNode()}
+    await probed(nodes, "a", "b")
+    net.nodes["a"].hangs = True
+    silent, other = await asked(nodes, "a", "b")
+    assert silent.error
+    assert other.num_blocks == 2
+
+
+async def test_a_request_waits_for_a_first_connection_once_and_never_again(net, nodes):
+    net.nodes["a"] = FakeNode()
+    net.gate.clear()
+    (hit,) = await asked(nodes, "a")
+    assert "not connected yet" in hit.error
+    task = asyncio.create_task(asked(nodes, "a"))
+    for _ in range(5):  # turns of the loop: no timer has a part in it
+        await asyncio.sleep(0)
+    assert task.done()
+    net.gate.set()
+    assert (await probed(nodes, "a"))[0].num_blocks == 2
+    assert (await asked(nodes, "a"))[0].num_blocks == 2
+    assert net.attempts == ["a"]
+
+
+async def test_a_request_does_not_wait_for_a_node_that_was_lost(net, nodes):
+    node = net.nodes["a"] = FakeNode()
+    assert (await asked(nodes, "a"))[0].num_blocks == 2
+    node.error = NodeUnavailable("gone")
+    assert "gone" in (await asked(nodes, "a"))[0].error
+    net.gate.clear()
+    task = asyncio.create_task(asked(nodes, "a"))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert task.done()
+    net.gate.set()
