@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from snowskin.engines.cancellation import ended
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import of_no_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -148,7 +149,9 @@ class NodeLinks:
             log.warning("too many nodes are named", node=address, num_nodes=len(self._others))
             return None
         link = self._link_to(address)
-        keeping = asyncio.create_task(self._keep(address, link), name=f"link to {address}")
+        keeping = asyncio.create_task(
+            self._keep(address, link), name=f"link to {address}", context=of_no_request()
+        )
         other = self._others[address] = _Other(link, keeping)
         return other
 

@@ -22,6 +22,7 @@ import asyncio
 import functools
 import time
 from contextlib import contextmanager, suppress
+from contextvars import Context as TaskContext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -112,6 +113,15 @@ def outgoing() -> tuple[tuple[str, str], ...]:
         return ()
     parent = ((TRACEPARENT_HEADER, span.traceparent),)
     return (*parent, (TRACESTATE_HEADER, span.tracestate)) if span.tracestate else parent
+
+
+def of_no_request() -> TaskContext:
+    """The context for a task that is begun by one request and serves all that follow.
+
+    Without it the task's lines would bear that request's id, and its calls be part of that
+    request's trace, for as long as it runs.
+    """
+    return TaskContext()
 
 
 def annotate(**facts: Fact) -> None:

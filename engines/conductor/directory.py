@@ -18,6 +18,7 @@ from snowskin.kvstore.directory.view import DirectoryView, NodeKnowledge, Sync
 from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.kvstore.messages import Watched, WatchRequest
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import of_no_request
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Directory:
         """Watches this node from now on."""
         if address and not self._closed and address not in self._tasks:
             self._tasks[address] = asyncio.create_task(
-                self._follow(address), name=f"watch {address}"
+                self._follow(address), name=f"watch {address}", context=of_no_request()
             )
 
     async def keep_only(self, addresses: Collection[str]) -> None:

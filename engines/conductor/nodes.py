@@ -19,6 +19,7 @@ from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.client.guard import NodeGuard
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import of_no_request
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -268,7 +269,9 @@ class Nodes:
             self._lost(address, NodeUnavailable(f"the connection to node {address} broke"))
         idle = node.client is None and node.connecting is None
         if idle and self._clock.now_s() >= node.retry_at_s:
-            node.connecting = asyncio.create_task(self._open(address, node), name=f"to:{address}")
+            node.connecting = asyncio.create_task(
+                self._open(address, node), name=f"to:{address}", context=of_no_request()
+            )
 
     async def _open(self, address: str, node: _Node) -> None:
         try:
@@ -297,7 +300,9 @@ class Nodes:
         node.guard.forget()
         self._pause(node, error)
         log.warning("node lost", node=address, error=str(error))
-        node.connecting = asyncio.create_task(self._close_lost(client, node))
+        node.connecting = asyncio.create_task(
+            self._close_lost(client, node), context=of_no_request()
+        )
 
     async def _close_lost(self, client: NodeClient, node: _Node) -> None:
         try:

@@ -25,6 +25,7 @@ from snowskin.kvstore.client.breaker import (
 )
 from snowskin.kvstore.errors import DeadlineExceeded, NodeSilent
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.tracing import of_no_request
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class NodeGuard:
             )
         if self._checking is None and self.breaker.is_suspect:
             self._checking = asyncio.get_running_loop().create_task(
-                self._check(), name=f"check {self._name}"
+                self._check(), name=f"check {self._name}", context=of_no_request()
             )
 
     async def _answer(self, timeout_s: float) -> None:
