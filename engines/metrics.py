@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from snowskin.engines.messages import DecodeStats, PrefillStats
+from snowskin.engines.messages import DecodeStats, InstanceLoad, PrefillStats
 from snowskin.kvstore.client.breaker import BreakerState
 from snowskin.kvstore.metrics import CALL_S, REQUEST_S
 
@@ -106,33 +106,36 @@ class EngineMetrics:
         yield metrics.gauge(
             "draining", "1 while no new requests are taken.", [((), instance.draining)]
         )
-        yield from self._read_node()
+        yield from self._read_nodes(load)
 
-    def _read_node(self) -> Iterable[Metric]:
-        metrics, guard = self._metrics, self._link.guard
+    def _read_nodes(self, load: InstanceLoad) -> Iterable[Metric]:
+        metrics, breaker = self._metrics, self._link.guard.breaker
         yield metrics.gauge(
             "node_connected", "1 while the own node is connected.", [((), self._link.connected)]
         )
         yield metrics.gauge(
             "node_breaker",
             "1 for the state that the own node's breaker is in; only closed, requests ask the node.",
-            [((state,), state is guard.breaker.state) for state in BreakerState],
+            [((state,), state is breaker.state) for state in BreakerState],
             STATE,
         )
         yield metrics.total(
-            "node_breaker_opened_total",
-            "How often the own node was given up for not answering.",
-            [((), guard.breaker.num_opened)],
+            "node_calls_refused_total",
+            "Calls that the own node was spared because its breaker was open.",
+            [((), breaker.num_refused)],
+        )
+        yield metrics.gauge(
+            "nodes_silent",
+            "Nodes, the own one or others, that are left alone because they do not answer.",
+            [((), load.num_nodes_silent)],
         )
         yield metrics.total(
-            "node_calls_refused_total",
-            "Calls that were not made because the breaker was open.",
-            [((), guard.breaker.num_refused)],
+            "node_silences_total", "How often a node was left alone.", [((), load.num_silences)]
         )
         yield metrics.total(
             "node_calls_late_total",
-            "Calls that were given up because the node did not answer in time.",
-            [((), guard.num_late)],
+            "Calls to nodes that were given up because no answer came in time.",
+            [((), load.num_calls_late)],
         )
 
 
