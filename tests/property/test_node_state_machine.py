@@ -13,6 +13,7 @@ from snowskin.kvstore.lease import GrantedLease, LeaseTable
 from snowskin.kvstore.messages import Released
 from snowskin.kvstore.node.reading import Reading
 from snowskin.kvstore.node.residence import Residence
+from snowskin.kvstore.node.shares import LeaseShares
 from snowskin.kvstore.node.writing import Writing
 from snowskin.kvstore.pool.pool import Use
 from tests.support.node_machine import NodeMachine
@@ -92,6 +93,15 @@ def leave_waiters(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Reading, "answer_overdue", lambda self, now_s: [])
 
 
+def lease_more_than_the_share(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LeaseShares, "are_tight", lambda self, session: False)
+
+
+def count_leases_of_the_dead(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LeaseShares, "are_tight", lambda self, session: True)
+    patch.setattr(LeaseShares, "num_leasable", lambda self, session, starts, num_blocks: 0)
+
+
 PLANTED = [
     lose_releases,
     free_twice,
@@ -102,6 +112,8 @@ PLANTED = [
     free_what_late_writers_reach,
     forget_quarantine,
     leave_waiters,
+    lease_more_than_the_share,
+    count_leases_of_the_dead,
 ]
 
 

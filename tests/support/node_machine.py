@@ -2,7 +2,8 @@
 
 Rules of the model: every commit writes a token of its own into its block's bytes. A writer that maps memory may write
 into what it has not committed until it gives it back or its session ends, expired or not. While a read lease or its
-grace lasts, its bytes must hold the tokens that were committed under its keys.
+grace lasts, its bytes must hold the tokens that were committed under its keys. Nobody is promised more at once than
+the caps on leases allow, and who is refused for them has a reader to wait for.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from snowskin.kvstore.errors import (
     BadRequest,
     CommitRefused,
     LeaseExpired,
+    LeaseShareExceeded,
     LeaseUnknown,
     PoolExhausted,
+    QuarantineShareExceeded,
     TailUnknown,
 )
 from snowskin.kvstore.messages import (
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
 NUM_BLOCKS = 8
 UNIT = 512  # the model's memory has one token for each 512 bytes
 TAIL_NBYTES = 3 * UNIT
+CAP, CLIENT_CAP, QUARANTINE_CAP = 6, 4, 3  # of these blocks
 CHAINS = ("a", "b")
 CHAIN_BLOCKS = 5
 NAMESPACES = (NAMESPACE, OTHER_NAMESPACE)
@@ -133,6 +137,9 @@ class NodeMachine(RuleBasedStateMachine):
             grace_s=2.0,
             lease_life_s=15.0,
             max_extent_nbytes=2 * BLOCK,
+            max_leased_ratio=CAP / NUM_BLOCKS,
+            max_client_leased_ratio=CLIENT_CAP / NUM_BLOCKS,
+            max_quarantined_ratio=QUARANTINE_CAP / NUM_BLOCKS,
         )
         self.node.checks_books = self.checks_books
         self.node.on_call = self.on_call
@@ -180,16 +187,25 @@ class NodeMachine(RuleBasedStateMachine):
             case ReserveRequest() as request, error:
                 # A tail may be here already, which may turn out while the call waits.
                 is_tail = request.tail is not None
-                assert isinstance(error, PoolExhausted) or (
+                assert isinstance(error, PoolExhausted | QuarantineShareExceeded) or (
                     is_tail and isinstance(error, BadRequest)
                 )
+                if isinstance(error, QuarantineShareExceeded):
+                    self.has_late_writes(call.session)
             case MatchRequest() as request, Matched():
                 self.on_matched(call, request, answer)
+            case MatchRequest() as request, LeaseShareExceeded():
+                assert not request.tail_request_id, "tails do not ask for a share"
+                assert self.open_reads(), "refused, and there is no reader to wait for"
             case MatchRequest() as request, error:
                 assert request.tail_request_id
                 assert isinstance(error, TailUnknown)
             case CommitRequest() as request, Committed():
                 self.on_committed(request, answer)
+
+    def has_late_writes(self, session: Session) -> None:
+        late = [hold for hold in self.writes if hold.session is session and not hold.is_over]
+        assert any(self.node.now_s >= hold.expires_at_s for hold in late), "it has no late writes"
 
     def on_reserved(self, session: Session, request: ReserveRequest, reserved: Reserved) -> None:
         if reserved.lease is None:
@@ -243,9 +259,10 @@ class NodeMachine(RuleBasedStateMachine):
         if request.tail_request_id:
             assert matched.num_blocks == 1
         elif matched.wake_reason is WakeReason.SATISFIED:
-            assert matched.num_blocks >= enough
+            assert matched.num_blocks + matched.num_blocks_withheld >= enough
         else:
-            assert matched.num_blocks < enough, "nobody had to wait for this"
+            num_here = matched.num_blocks + matched.num_blocks_withheld
+            assert num_here < enough, "nobody had to wait for this"
         if matched.wake_reason is WakeReason.TIMEOUT:
             assert now_s >= call.asked_at_s + request.timeout_s, "too early"
         if matched.lease is None:
@@ -457,8 +474,12 @@ class NodeMachine(RuleBasedStateMachine):
         assert self.node.state.stat() == before, "a probe changed something"
         request = matching(names, namespaces=(namespace,))
         answer = self.node.answer(session, self.node.call(session, request))
-        assert isinstance(answer, Matched)
-        assert answer.num_blocks == len(probed.partition(".")[0])
+        num_here = len(probed.partition(".")[0])
+        if isinstance(answer, LeaseShareExceeded):
+            assert num_here
+        else:
+            assert isinstance(answer, Matched)
+            assert answer.num_blocks + answer.num_blocks_withheld == num_here
 
     @rule(
         which=st.integers(0, 3),
@@ -514,6 +535,17 @@ class NodeMachine(RuleBasedStateMachine):
                 for place, token in read.promised:
                     found = {self.memory[unit] for unit in self.units(place)}
                     assert found == {token}, "bytes under a read lease changed"
+
+    @invariant()
+    def nobody_is_promised_more_than_the_caps_allow(self) -> None:
+        """As segments are no longer than half a client's cap, the first one is no exception here."""
+        promised: dict[SessionId, set[Place]] = {}
+        for read in self.open_reads():
+            places = {place for place, _ in read.promised if place[1] != TAIL_NBYTES}
+            promised.setdefault(read.session.id, set()).update(places)
+        for places in promised.values():
+            assert len(places) <= CLIENT_CAP, "a client leases more than its share"
+        assert len(set().union(*promised.values())) <= CAP, "too much of the pool is leased"
 
     @invariant()
     def nobody_waits_beyond_the_deadline(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 
 from snowskin.kvstore.errors import PoolExhausted
 from snowskin.kvstore.messages import Reserved
@@ -149,3 +151,59 @@ def test_one_tenant_evicts_nothing_of_another():
     node.publish(writer, "a")
     node.publish(writer, "b")
     assert (node.probe(stranger, "s"), node.probe(writer, "a b")) == ("x", ".x")
+
+
+def test_parents_that_go_round_in_a_circle_over_several_reservations_leave_as_others_do():
+    node = NodeDriver(blocks=3)
+    writer = node.session()
+    node.publish(writer, "a", parent="c")
+    node.publish(writer, "b", parent="a")
+    node.publish(writer, "c", parent="b")
+    node.reserve(writer, "p q r")
+    assert node.books() == {"reserved": 3}
+
+
+def test_namespaces_that_nobody_has_anything_in_are_forgotten():
+    node = NodeDriver(blocks=2)
+    writer = node.session()
+    for number in range(50):
+        node.publish(writer, "a", namespace=number.to_bytes(32, "big"))
+        lease = lease_of(node.reserve(writer, "b", namespace=(100 + number).to_bytes(32, "big")))
+        node.abort(writer, lease)
+    assert len(node.state.residence.index._scopes) == 1
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_probing_a_hundred_times_as_often_as_reading_changes_nothing_of_what_is_evicted(data):
+    """The same acts with and without probes: the same blocks leave, in the same order."""
+    names = [f"{chain}{i}" for chain in "abc" for i in range(4)]
+    act = st.tuples(st.sampled_from(["publish", "match"]), st.sampled_from(names))
+    acts = data.draw(st.lists(act, min_size=10, max_size=40))
+    asked = data.draw(st.lists(st.sampled_from(names), min_size=100, max_size=100))
+    assert leaving(acts, probes=[]) == leaving(acts, probes=asked)
+
+
+def leaving(acts: list[tuple[str, str]], *, probes: list[str]) -> list[tuple[str, ...]]:
+    """Which blocks are gone after each act; the pool holds a third of all blocks."""
+    node = NodeDriver(blocks=4)
+    node.checks_books = False
+    writer, prober = node.session(), node.session("prober")
+    gone: list[tuple[str, ...]] = []
+    here: set[str] = set()
+    for what, name in acts:
+        if what == "publish" and name not in here:
+            parent = f"{name[0]}{int(name[1]) - 1}" if name[1] != "0" else ""
+            node.publish(writer, name, parent=parent)
+            here.add(name)
+        elif what == "match":
+            matched = node.match(writer, name)
+            if matched.lease is not None:
+                node.release(writer, matched.lease.id)
+        for asked in probes:
+            node.probe(prober, asked)
+        left = {name for name in here if node.probe(writer, name) == "."}
+        gone.append(tuple(sorted(left)))
+        here -= left
+    node.check()
+    return gone
