@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from snowskin.engines.model.sampler import SamplingParams
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.messages import Access, NodeStat
 from snowskin.kvstore.rpc import open_channel
@@ -35,7 +34,6 @@ BLOCK_NBYTES = block_nbytes(BLOCK_SIZE)
 MAX_GRPC_RATIO = 0.02
 MAX_RESERVED_NBYTES = 2 * CHUNK_TOKENS // BLOCK_SIZE * BLOCK_NBYTES
 LONG_PROMPT_TOKENS = 2_005
-NUM_SAMPLED = 12
 SETTLE_S = 10.0
 LOOK_S = 0.01
 
@@ -316,41 +314,3 @@ async def test_a_request_with_the_cache_off_leaves_no_trace_and_finds_none(
     assert after.num_blocks == before.num_blocks
     assert after.pools == before.pools
     assert not agreement(answers, one_piece.answers(prompts, NUM_TOKENS)).wrong
-
-
-async def test_sampled_answers_are_reproducible_and_those_of_the_model_in_one_piece(
-    asker, one_piece
-):
-    chance = random.Random(f"{SEED} sampled")
-    prompts = [words(chance, chance.randint(1, 200)) for _ in range(2 * NUM_SAMPLED)]
-    # The second half is hot enough that the first token, which prefill draws, is often not the likeliest.
-    samplings = [
-        SamplingParams(temperature=temperature, top_p=top_p, seed=chance.getrandbits(64))
-        for temperature, top_p in [(0.8, 0.9)] * NUM_SAMPLED + [(2.0, 1.0)] * NUM_SAMPLED
-    ]
-
-    async def ask(*, use_cache: bool) -> list[tuple[int, ...]]:
-        requests = [
-            asker.complete(
-                prompt,
-                NUM_TOKENS,
-                use_cache=use_cache,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-            )
-            for prompt, sampling in zip(prompts, samplings, strict=True)
-        ]
-        return [answer.token_ids for answer in await asyncio.gather(*requests)]
-
-    expected = one_piece.answers(prompts, NUM_TOKENS, samplings)
-    for use_cache in (True, True, False):
-        agreed = agreement(await ask(use_cache=use_cache), expected)
-        assert not agreed.wrong, agreed.wrong
-        assert agreed.num_rounding <= 1
-    # Chance had something to say everywhere: in the first tokens, and in every half of the answers.
-    drawn = [[chosen.token_id for chosen in answer] for answer in expected]
-    greedy = [[chosen.token_id for chosen in answer] for answer in one_piece.answers(prompts, 1)]
-    assert sum(one[0] != other[0] for one, other in zip(drawn, greedy, strict=True)) >= 3
-    for some in (slice(NUM_SAMPLED), slice(NUM_SAMPLED, None)):
-        assert agreement(drawn[some], one_piece.answers(prompts[some], NUM_TOKENS)).wrong
