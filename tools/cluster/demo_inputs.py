@@ -23,7 +23,7 @@ READERS_QUESTIONS = (
     "Which term here needs a definition?",
     "What would you ask its author?",
 )
-PASSAGE_LENGTH = 400
+PASSAGE_LENGTH = 200
 RANDOM_MODEL = "demo-model-llama-l12-h512-s0"
 # In the order of preference; the first ones that together are long enough.
 DOCUMENTS = ("docs/architecture.md", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
