@@ -85,6 +85,8 @@ def test_a_segment_counts_once_for_the_pool_and_once_for_each_client():
         for _ in range(3):
             assert node.match(session, "a b c d").num_blocks == 4
     assert node.num_blocks("leased") == 4
+    assert node.match(node.session("third"), "e f").num_blocks == 2
+    assert node.match(second, "a b c d").num_blocks == 4
     with pytest.raises(LeaseShareExceeded):
         node.match(second, "e")
 

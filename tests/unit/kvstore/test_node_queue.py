@@ -196,6 +196,20 @@ def test_a_block_unread_for_as_long_as_a_reader_may_hold_it_makes_room():
     assert node.state.stat().counters["blocks_evicted_unread"] == 1
 
 
+def test_who_queues_behind_blocks_that_are_unread_for_long_already_wakes_nobody_for_them():
+    node = NodeDriver(blocks=2, read_lease_s=5, write_lease_s=60)
+    writer, client = node.session("writer"), node.session("client")
+    node.publish(writer, "s", one_reader=True)
+    lease = lease_of(node.reserve(writer, "o"))
+    node.wait(6)
+    call = node.call(client, reserving("x y", **WAITS))
+    due_s = node.state.next_time_s()
+    assert due_s is not None
+    assert due_s > node.now_s
+    node.abort(writer, lease)
+    assert isinstance(node.answer(client, call), Reserved)
+
+
 def test_unread_blocks_go_last_and_only_as_many_as_are_needed():
     node = NodeDriver(blocks=4, read_lease_s=5)
     writer = node.session("writer")
