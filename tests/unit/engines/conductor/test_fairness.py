@@ -243,6 +243,17 @@ def test_an_instance_that_died_in_the_crowd_gets_its_share_again(name, seed):
     assert shares(town)[name] >= 0.2, shares(town)
 
 
+@pytest.mark.parametrize("name", sorted(NODES))
+def test_an_instance_that_broke_off_some_calls_gets_its_share_again(name):
+    town = crowd("least_ttft", 3)
+    for at in range(20):
+        town.at(0.1 * at, lambda: town.state.on_failed(name, town.engines[name].epoch))
+    town.run(lambda: town.now_s > 3.0)
+    town.placed.clear()
+    town.run(lambda: town.num_over == NUM_CONVERSATIONS)
+    assert shares(town)[name] >= 0.2, shares(town)
+
+
 @pytest.mark.parametrize("name", ["prefill-0", "prefill-1"])
 def test_an_instance_that_was_slow_once_is_not_forgotten_under_load(name):
     town = crowd("least_ttft", 7)
