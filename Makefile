@@ -15,10 +15,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
-setdemo-wide: $(STAMP) ## as demo, with two nodes and 2 + 2 engines, and its goals must hold
-	$(BIN)/snowskin demo --nodes 2 --prefill 2 --decode 2 --strict $(DEMO_FLAGS)
-
-up: $(STAMP) ## install everything into .venv (the other targets do it too)
+setup: $(STAMP) ## install everything into .venv (the other targets do it too)
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@command -v git >/dev/null || { echo "needs git: apt-get install -y git make python3-venv"; exit 1; }
@@ -34,6 +31,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 demo: $(STAMP) ## the main job: real prompts through prefill, store and decode, checked token for token
 	$(BIN)/snowskin demo $(DEMO_FLAGS)
+
+demo-wide: $(STAMP) ## as demo, with two nodes and 2 + 2 engines, and its goals must hold
+	$(BIN)/snowskin demo --nodes 2 --prefill 2 --decode 2 --strict $(DEMO_FLAGS)
 
 up: $(STAMP) ## a whole cluster on this host, until Ctrl-C
 	$(BIN)/snowskin up
