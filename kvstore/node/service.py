@@ -15,6 +15,8 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from snowskin.kvstore import tracing
+from snowskin.kvstore.call_spans import facts_of_reply
 from snowskin.kvstore.errors import BadRequest, CommitRefused, DeadlineExceeded, LeaseUnknown
 from snowskin.kvstore.messages import (
     AbortRequest,
@@ -27,6 +29,7 @@ from snowskin.kvstore.messages import (
 )
 from snowskin.kvstore.node.peers import PeerSessions
 from snowskin.kvstore.node.watching import Watchers, WatchLimits
+from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import reply_to, request_from
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 CHUNK_NBYTES = 1 << 20
 CAPABILITY_NBYTES = 16
 NO_ANSWER = 0  # as a call id: calls count from 1
+
+log = get_logger(__name__)
 
 
 class StoreService(store_pb2_grpc.StoreServicer):
@@ -93,6 +98,11 @@ class StoreService(store_pb2_grpc.StoreServicer):
         if isinstance(reply, Matched | Reserved) and reply.lease is not None:
             capability = self._capability(reply.lease.id)
             reply = replace(reply, lease=replace(reply.lease, capability=capability))
+        if tracing.current() is not None:
+            facts = facts_of_reply(reply)
+            tracing.annotate(**facts)
+            # As the local door's: the request's id is on the line already.
+            log.info("call answered", answer=type(reply).__name__.lower(), **facts)
         reply_to(reply, response)
         return response
 
