@@ -41,6 +41,8 @@ PURE = (
     "kvstore/index",
     "kvstore/lease.py",
     "kvstore/messages.py",
+    "kvstore/node/events.py",
+    "kvstore/node/inspection.py",
     "kvstore/node/state.py",
     "kvstore/pool/allocator.py",
     "kvstore/quota.py",

@@ -90,6 +90,16 @@ def test_parent_removed_by_force_leaves_its_child_evictable(policy: Policy) -> N
     assert evict_all(policy) == [3, 2, 1]
 
 
+def test_children_are_counted_while_they_are_resident(policy: Policy) -> None:
+    policy.on_insert(2, 1)
+    policy.on_insert(3, 1)
+    assert (policy.num_children(1), policy.num_children(2)) == (2, 0)
+    policy.on_remove(2)
+    assert policy.num_children(1) == 1
+    policy.on_remove(3)
+    assert policy.num_children(1) == 0
+
+
 def test_touch_of_a_block_that_is_not_resident_does_not_make_it_so(policy: Policy) -> None:
     policy.on_insert(1, None)
     policy.on_touch([1, 2, 3])

@@ -1,4 +1,4 @@
-"""kvctl as a process against a scripted Admin service."""
+"""kvctl as a process against a scripted Admin service, and as commands against a whole node."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import os
 import struct
 import sys
 
+import grpc
 import pytest
 from click.testing import CliRunner
 
-from snowskin.kvstore.errors import BadRequest, NodeUnavailable
+from snowskin.kvstore.errors import BadRequest, BadSetting, NodeUnavailable
 from snowskin.kvstore.rpc import serving
 from snowskin.tools.kvctl.main import cli
-from snowskin.v1 import admin_pb2, admin_pb2_grpc, common_pb2, engine_pb2, store_pb2
+from snowskin.tools.kvctl.node_choice import addresses_of
+from snowskin.tools.kvctl.output import KvctlSettings
+from snowskin.v1 import admin_pb2, admin_pb2_grpc, common_pb2, engine_pb2, store_pb2, store_pb2_grpc
+from tests.support.node_process import NodeProcess
+from tests.support.store_drivers import connected, keys_of, namespace_of, noise
 
 POOL = store_pb2.PoolStat(
     pool_id=0,
@@ -44,6 +49,7 @@ class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
         self.prompts = []
         self.address = ""
         self.make_error = None
+        self.nodes = None
 
     async def ClusterStatus(self, request, context):  # noqa: N802  the wire's name
         if self.make_error:
@@ -60,6 +66,8 @@ class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
         )
 
     async def Nodes(self, request, context):  # noqa: N802
+        if self.nodes is not None:
+            return admin_pb2.NodesResponse(nodes=[_node_status(*node) for node in self.nodes])
         stat = store_pb2.StatResponse(
             node_id="node-0", node_epoch=5, pools=[POOL], num_blocks=99, counters={"evicted": 3}
         )
@@ -84,6 +92,12 @@ class ScriptedAdmin(admin_pb2_grpc.AdminServicer):
         return admin_pb2.MatchPromptResponse(
             num_tokens=100, num_blocks=6, block_size=16, nodes=[node]
         )
+
+
+def _node_status(address, node_id):
+    if not node_id:
+        return admin_pb2.NodeStatus(address=address, error="no answer")
+    return admin_pb2.NodeStatus(address=address, stat=store_pb2.StatResponse(node_id=node_id))
 
 
 @pytest.fixture
@@ -188,9 +202,166 @@ async def test_an_unreachable_conductor_is_exit_status_1_and_one_line():
         (["--conductor", "nowhere", "status"], "is not host:port"),
         (["--timeout-s", "0", "status"], "seconds > 0"),
         (["statuss"], "No such command"),
+        (["evict"], "give the keys of blocks, or --all"),
+        (["evict", "--all", "ab" * 32], "give the keys of blocks, or --all"),
+        (["evict", "abc"], "no even number of hex digits"),
+        (["evict", "ab" * 8, "ab" * 32], "keys of several lengths"),
+        (["blocks", "ls", "--namespace", "ab"], "64 to 64 hex digits, not 2"),
+        (["blocks", "ls", "--limit", "0"], "x>=1"),
+        (["leases", "revoke", "x"], "not a valid integer"),
     ],
 )
 def test_wrong_usage_is_exit_status_2_and_says_why(arguments, expected):
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert expected in result.output
+
+
+# --- the commands that ask nodes themselves, against one node with five blocks of 1,000 bytes
+
+
+NAMESPACE = namespace_of(1)
+KEYS = keys_of(1, 5)
+COLUMN = common_pb2.KeyColumn(packed=KEYS.packed, width=32)
+HEX_KEYS = sorted(key.hex() for key in KEYS)
+
+
+@pytest.fixture(scope="module")
+def node_process():
+    settings = {"dram_nbytes": 1 << 20, "log_level": "error", "drain_s": 0.1, "grace_s": 0.0}
+    with NodeProcess(settings) as process:
+        yield process
+
+
+@pytest.fixture
+def node(node_process):
+    data = noise(1, 5 * 1000)
+    with connected("blocking", node_process.door, client_name="filler") as client:
+        client.publish(
+            namespace=NAMESPACE,
+            keys=KEYS,
+            block_nbytes=1000,
+            local=client.register(data),
+            local_offsets=range(0, 5000, 1000),
+        )
+    return node_process.address
+
+
+@pytest.fixture
+def store(node):
+    """The stubs of the node's Store."""
+    with grpc.insecure_channel(node) as channel:
+        yield store_pb2_grpc.StoreStub(channel)
+
+
+def run(*arguments):
+    """Exit status, stdout and stderr of a command; it must not need the conductor."""
+    words = ["--conductor", "127.0.0.1:1", "--timeout-s", "10", *arguments]
+    result = CliRunner().invoke(cli, words)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def answer(*arguments, node):
+    """The JSON of a command that must succeed, of the only node that was asked."""
+    status, out, err = run(*arguments, "--json", "--node", node)
+    assert (status, err) == (0, "")
+    (one,) = json.loads(out)
+    assert one["node"] == node
+    return one
+
+
+def keys_listed(*filters, node):
+    return [block["key"] for block in answer("blocks", "ls", *filters, node=node)["blocks"]]
+
+
+def test_blocks_are_listed_by_page_and_filter(node, store):
+    status, out, err = run("blocks", "ls", "--node", node)
+    assert (status, err) == (0, "")
+    assert out.count(NAMESPACE.hex()[:16]) == out.count("1000 B") == 5
+    listed = answer("blocks", "ls", node=node)
+    assert [block["key"] for block in listed["blocks"]] == HEX_KEYS
+    assert not listed["more"]
+    assert keys_listed("--limit", "2", node=node) == HEX_KEYS[:2]
+    assert answer("blocks", "ls", "--limit", "2", node=node)["more"]
+    assert "more: raise --limit" in run("blocks", "ls", "--limit", "2", "--node", node)[1]
+    assert keys_listed("--key-prefix", HEX_KEYS[3][:12], node=node) == [HEX_KEYS[3]]
+    assert not keys_listed("--namespace", "ab" * 32, node=node)
+    assert not keys_listed("--leased", node=node)
+    matched = store.Match(store_pb2.MatchRequest(namespaces=[NAMESPACE], keys=COLUMN))
+    assert len(keys_listed("--leased", node=node)) == 5
+    ref = common_pb2.LeaseRef(id=matched.lease.id, capability=matched.lease.capability)
+    store.Release(store_pb2.ReleaseRequest(leases=[ref]))
+
+
+def test_a_block_is_shown_by_as_many_digits_as_name_it(node):
+    shown = answer("blocks", "show", HEX_KEYS[0][:16], node=node)["shown"]
+    assert shown["block"]["key"] == HEX_KEYS[0]
+    assert shown["block"]["namespace"] == NAMESPACE.hex()
+    assert shown["block"]["extent"]["nbytes"] == 1000
+    assert len(bytes.fromhex(shown["checksum"])) == 4
+    status, out, _ = run("blocks", "show", HEX_KEYS[0], "--node", node)
+    assert (status, HEX_KEYS[0] in out, NAMESPACE.hex() in out) == (0, True, True)
+    status, _, err = run("blocks", "show", "ee" * 32, "--node", node)
+    assert (status, "no node that was asked has block ee" in err) == (1, True)
+
+
+def test_leases_are_listed_and_revoked(node, store):
+    store.Match(store_pb2.MatchRequest(namespaces=[NAMESPACE], keys=COLUMN))
+    new = common_pb2.KeyColumn(packed=keys_of(2, 3).packed, width=32)
+    store.Reserve(store_pb2.ReserveRequest(namespace=NAMESPACE, keys=new, block_nbytes=1000))
+    read, write = answer("leases", "ls", node=node)["leases"]
+    assert (read["kind"], read["state"], read["num_blocks"]) == ("read", "active", 5)
+    assert (write["kind"], write["nbytes"]) == ("write", 3000)
+    only = answer("leases", "ls", "--kind", "write", node=node)
+    assert [lease["id"] for lease in only["leases"]] == [write["id"]]
+    assert not answer("leases", "ls", "--client", "nobody", node=node)["leases"]
+    assert "active" in run("leases", "ls", "--node", node)[1]
+    revoked = answer("leases", "revoke", str(read["id"]), node=node)["lease"]
+    assert (revoked["id"], revoked["state"]) == (read["id"], "grace")
+    assert "revoked" in run("leases", "revoke", str(write["id"]), "--node", node)[1]
+    status, _, err = run("leases", "revoke", "12345", "--node", node)
+    assert (status, "there is no lease 12345" in err, "kvctl leases ls" in err) == (1, True, True)
+
+
+def test_an_eviction_is_shown_before_it_is_done(node):
+    status, out, _ = run("evict", HEX_KEYS[0], "ff" * 32, "--node", node)
+    assert (status, "would be evicted" in out, "add --yes" in out) == (0, True, True)
+    assert len(keys_listed(node=node)) == 5
+    one = answer("evict", HEX_KEYS[0], "ff" * 32, "--yes", node=node)
+    evicted = one["evicted"]
+    assert (one["dry_run"], evicted["num_blocks"], evicted["num_unknown"]) == (False, 1, 1)
+    rest = answer("evict", "--all", "--yes", node=node)["evicted"]
+    assert (rest["num_blocks"], rest["nbytes"]) == (4, 4000)
+    assert not keys_listed(node=node)
+
+
+async def test_nodes_are_found_through_the_conductor_and_by_their_ids(admin):
+    admin.nodes = [("127.0.0.1:8", "node-a"), ("127.0.0.1:7", "")]
+    settings = KvctlSettings(conductor=admin.address)
+    assert await addresses_of(settings, ()) == ["127.0.0.1:8", "127.0.0.1:7"]
+    assert await addresses_of(settings, ("node-a", "127.0.0.1:8")) == ["127.0.0.1:8"]
+    with pytest.raises(BadSetting, match=r"no node 'node-x'.*known are node-a"):
+        await addresses_of(settings, ("node-x",))
+    admin.nodes = []
+    with pytest.raises(BadSetting, match="knows no node"):
+        await addresses_of(settings, ())
+
+
+async def test_a_node_that_does_not_answer_is_a_line_of_trouble_beside_the_others(admin, node):
+    admin.nodes = [(node, "node-a"), ("127.0.0.1:2", "")]
+    status, out, err = await kvctl(
+        "--timeout-s", "5", "--json", "blocks", "ls", conductor=admin.address
+    )
+    assert [one["node"] for one in json.loads(out)] == [node]
+    assert (status, err.count("\n"), "127.0.0.1:2" in err) == (1, 1, True)
+    status, _, err = await kvctl("leases", "revoke", "1", conductor=admin.address)
+    assert (status, "say which with --node" in err) == (2, True)
+
+
+def test_a_drained_node_grants_nothing_more(node, store):  # the last one: there is no way back
+    status, out, _ = run("drain", node)
+    assert (status, "draining" in out) == (0, True)
+    assert store.Stat(store_pb2.StatRequest()).draining
+    with pytest.raises(grpc.RpcError, match="is draining"):
+        store.Match(store_pb2.MatchRequest(namespaces=[NAMESPACE], keys=COLUMN))

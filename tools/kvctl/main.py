@@ -8,6 +8,10 @@ from __future__ import annotations
 import click
 
 from snowskin.kvstore.config import options
+from snowskin.tools.kvctl.blocks import blocks
+from snowskin.tools.kvctl.drain import drain
+from snowskin.tools.kvctl.evict import evict
+from snowskin.tools.kvctl.leases import leases
 from snowskin.tools.kvctl.match import match
 from snowskin.tools.kvctl.nodes import nodes
 from snowskin.tools.kvctl.output import KvctlSettings
@@ -15,13 +19,16 @@ from snowskin.tools.kvctl.status import status
 from snowskin.tools.version import version_option
 
 EPILOG = """
-Exit status: 0 answered, 1 the conductor is unreachable or failed, 2 usage.
+Exit status: 0 answered, 1 the conductor or a node is unreachable or failed, 2 usage.
 
 \b
 Examples:
   kvctl --conductor 127.0.0.1:7000 status
   kvctl --json nodes | jq '.[].stat.num_blocks'
   SNOWSKIN_CONDUCTOR=127.0.0.1:7000 kvctl match --file prompt.txt
+  kvctl blocks ls --leased --limit 20
+  kvctl leases ls --client prefill-0
+  kvctl evict --all --node 127.0.0.1:7101
 """
 
 
@@ -37,6 +44,10 @@ def cli(ctx: click.Context, settings: KvctlSettings) -> None:
 cli.add_command(status)
 cli.add_command(nodes)
 cli.add_command(match)
+cli.add_command(blocks)
+cli.add_command(leases)
+cli.add_command(evict)
+cli.add_command(drain)
 
 
 def main() -> None:

@@ -95,7 +95,20 @@ def print_json(answer: Any) -> None:
         if isinstance(answer, tuple)
         else dataclasses.asdict(answer)
     )
-    print(json.dumps(document, indent=2))
+    print_document(document)
+
+
+def print_document(document: Any) -> None:
+    """Prints what may hold dataclasses and bytes, which become hex, as one JSON document."""
+    print(json.dumps(document, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"a {type(value).__name__} has no place in an answer")
 
 
 def table(*columns: str, title: str = "") -> Table:
@@ -128,6 +141,13 @@ def nbytes_text(nbytes: float) -> str:
 def age_text(seconds: float | None) -> str:
     """How long ago, for people; a dash where it never was."""
     return "-" if seconds is None else f"{seconds:.1f} s ago"
+
+
+def duration_text(seconds: float) -> str:
+    """A length of time for people: `1.5 s`, `3.2 min`, `4.0 h`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def rate_text(value: float, unit: str) -> str:

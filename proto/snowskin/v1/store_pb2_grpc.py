@@ -152,7 +152,8 @@ class StoreServicer(object):
 
     def Watch(self, request, context):
         """What becomes visible on this node and what goes, as it happens: for the directories of conductors and routers.
-        What is told is a hint: only a Match knows. Tails and blocks for one reader are never told.
+        What is told is a hint: only a Match knows. Tails and blocks for one reader are never told. Who does not read is
+        dropped with WATCHER_TOO_SLOW and comes again; a node that drains ends the stream with NODE_DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
