@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from snowskin.kvstore.clock import Clock
     from snowskin.kvstore.tracing import Tracer
 
+CUT_S = 1.0
+
 log = get_logger(__name__)
 
 
@@ -55,6 +57,7 @@ class Pipeline:
         self._draining = False
         self._num_namesakes = 0
         self._num_in_intake = 0
+        self._runs: set[Run] = set()
         self._sweeper = Sweeper(scheduler.nodes)
 
     @contextmanager
@@ -101,9 +104,11 @@ class Pipeline:
             run.on_emit = meter.emitted
         work = run.work() if self.tracer is None else self._traced(self.tracer, run)
         task = asyncio.create_task(work, name=f"run:{run.id}")
+        self._runs.add(run)
         try:
             yield run
         finally:
+            self._runs.discard(run)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             state.on_request_ended(run.id, run.outcome)
@@ -135,13 +140,31 @@ class Pipeline:
         return self._draining
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no more jobs; returns when the last has ended, or after `timeout_s` seconds."""
+        """Takes no more jobs; returns when the last has ended.
+
+        After `timeout_s` seconds those that still run are ended with an error, and their readers
+        get `CUT_S` to take it.
+        """
         self._draining = True
+        if await self._is_idle_within(timeout_s):
+            return
+        log.warning("not drained", num_running=len(self._runs))
+        for run in list(self._runs):
+            run.cut(
+                ConductorDraining(
+                    f"the conductor is shutting down, and the answer was not there in {timeout_s} s",
+                    hint="ask again; raise drain_s where answers take longer",
+                )
+            )
+        await self._is_idle_within(CUT_S)
+
+    async def _is_idle_within(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("not drained", num_running=self.scheduler.state.counts().num_running)
+            return False
+        return True
 
     async def close(self) -> None:
         """Ends what is done for jobs that are over; no job is under way any more."""

@@ -6,7 +6,10 @@ import asyncio
 
 import pytest
 
+from snowskin.engines.conductor.errors import ConductorDraining
+from snowskin.engines.conductor.job import Job, Sampling
 from tests.support.conductors import conducting, events_of, make_tiny_model
+from tests.support.engine_bench import until
 from tests.support.fake_engines import FakeEngine, continuation, serving_engine, tokens_of
 
 PROMPT = "hello"
@@ -209,6 +212,37 @@ async def test_a_draining_conductor_finishes_what_runs_and_takes_no_more(model):
         assert late.json()["error"]["code"] == "conductor_draining"
         assert await asking == TOKENS
         await draining
+
+
+async def test_what_a_draining_conductor_cannot_finish_ends_with_its_reason(model):
+    async with cluster_of(model, decode=(["hang after 3"] * 2,), prefill=([],)) as cluster:
+        asking = [
+            asyncio.create_task(
+                cluster.complete(PROMPT, max_tokens=9, stream=stream, return_token_ids=True)
+            )
+            for stream in (True, False)
+        ]
+        await cluster["decode-0"].busy.wait()
+        await until(lambda: cluster.served.conductor.state.num_running == 2)
+        async with asyncio.timeout(5):
+            await cluster.served.conductor.pipeline.drain(0.1)
+            streamed, whole = await asyncio.gather(*asking)
+        *_chunks, last = events_of(streamed.text)
+        assert last["error"]["code"] == "conductor_draining"
+        assert whole.status_code == 503
+        assert whole.json()["error"]["code"] == "conductor_draining"
+        counts = cluster.served.conductor.state.counts()
+        assert (counts.num_failed, counts.num_running) == (2, 0)
+
+
+async def test_a_request_that_is_cut_before_its_work_began_says_so_too(model):
+    async with cluster_of(model) as cluster:
+        pipeline = cluster.served.conductor.pipeline
+        job = Job(request_id="r", token_ids=[1, 2], sampling=Sampling())
+        async with pipeline.run(job) as run:
+            run.cut(ConductorDraining("gone"))
+            with pytest.raises(ConductorDraining, match="gone"):
+                await anext(run)
 
 
 async def test_many_requests_at_once_are_all_exact_and_spread(model):
