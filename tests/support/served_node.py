@@ -1,0 +1,82 @@
+"""A node's shell behind a real gRPC server, both in the test's own loop; blocks come straight into its state."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+from snowskin.kvstore.blocks import KeyColumn
+from snowskin.kvstore.messages import CommitRequest, Reserved, ReserveRequest
+from snowskin.kvstore.node.admin import NodeAdminService
+from snowskin.kvstore.node.daemon import NodeSettings, make_shell
+from snowskin.kvstore.node.service import StoreService
+from snowskin.kvstore.rpc import serving
+from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
+
+BLOCK = 64
+NAMESPACE = b"N" * 32
+
+
+def key_of(number: int) -> bytes:
+    """Numbers that rise make keys that rise."""
+    return number.to_bytes(8, "big") * 4
+
+
+class ServedNode:
+    """One node; `session` is that of a writer."""
+
+    def __init__(self, **settings) -> None:
+        settings = {"dram_nbytes": 1 << 20, "watch_beat_s": 30.0, "watch_stall_s": 30.0, **settings}
+        self.settings = NodeSettings(**settings)
+        self.shell = make_shell(self.settings)
+        self.service = StoreService(self.shell, self.settings.watch_limits())
+        self.admin = NodeAdminService(self.shell)
+        self.replies: list = []
+        self.session = self.shell.open_session(
+            "writer", lambda _, reply: self.replies.append(reply), maps_memory=False
+        )
+        self.address = ""
+
+    def request(self, request):
+        """The answer to a call of the writer's."""
+        self.shell.request(self.session.id, 1, request)
+        return self.replies.pop()
+
+    def publish(self, numbers) -> None:
+        """Commits blocks of these numbers, as one run."""
+        keys = KeyColumn.of([key_of(number) for number in numbers])
+        reserved = self.request(ReserveRequest(namespace=NAMESPACE, keys=keys, block_nbytes=BLOCK))
+        assert isinstance(reserved, Reserved)
+        assert reserved.lease is not None
+        self.request(
+            CommitRequest(
+                lease_id=reserved.lease.id, num_blocks=len(keys), checksums=bytes(4 * len(keys))
+            )
+        )
+
+    @property
+    def keys(self) -> set[bytes]:
+        """Of all blocks that are here."""
+        return {entry.key for entry in self.shell.state.residence.index}
+
+
+@asynccontextmanager
+async def served_node(**settings):
+    """A node that serves Store and NodeAdmin; drained on leaving."""
+    served = ServedNode(**settings)
+    async with serving(
+        [
+            (store_pb2_grpc.add_StoreServicer_to_server, served.service),
+            (admin_pb2_grpc.add_NodeAdminServicer_to_server, served.admin),
+        ],
+        host="127.0.0.1",
+        port=0,
+        service_names=[],
+        role="node",
+    ) as server:
+        served.address = server.address
+        try:
+            yield served
+        finally:
+            served.shell.drain()
+            served.service.close()
+    served.shell.close()
