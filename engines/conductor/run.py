@@ -129,6 +129,8 @@ class Run:
         self._max_tokens = 0
         self._events: asyncio.Queue[Event | SnowskinError] = asyncio.Queue(MAX_QUEUED_EVENTS)
         self._read_to_end = False
+        self._task: asyncio.Task[None] | None = None
+        self._cut: SnowskinError | None = None
 
     # --- for who reads the answer
 
@@ -154,12 +156,21 @@ class Run:
         """The reader has its answer (a stop string came): the rest is not wanted."""
         self.outcome = Outcome.FINISHED
 
+    def cut(self, error: SnowskinError) -> None:
+        """Ends the work now; whoever reads the answer gets `error`, if it was not over already."""
+        self._cut = error
+        if self._task is not None:
+            self._task.cancel()
+
     # --- the work
 
     async def work(self) -> None:
         """Runs the job to its end and queues what comes of it; the owner of the job's errors."""
+        self._task = asyncio.current_task()
         with bind_request(self.job.request_id):
             try:
+                if self._cut is not None:
+                    raise self._cut
                 async with asyncio.timeout(self._limits.request_timeout_s):
                     finish_reason = await self._generate()
                 self.outcome = Outcome.FINISHED
@@ -172,6 +183,11 @@ class Run:
                         hint="ask for fewer tokens, or raise the conductor's request_timeout_s",
                     )
                 )
+            except asyncio.CancelledError:
+                if self._cut is None or self._task is None:
+                    raise
+                self._task.uncancel()
+                await self._fail(self._cut)
             except SnowskinError as error:
                 await self._fail(error)
             except Exception as error:
