@@ -13,72 +13,13 @@ import grpc.aio
 import pytest
 
 from snowskin.kvstore import wire
-from snowskin.kvstore.blocks import KeyColumn, digest_number, digest_part
+from snowskin.kvstore.blocks import digest_number, digest_part
 from snowskin.kvstore.errors import LimitExceeded, NodeDraining, WatcherTooSlow
-from snowskin.kvstore.messages import CommitRequest, Reserved, ReserveRequest, WatchRequest
-from snowskin.kvstore.node.daemon import NodeSettings, make_shell
-from snowskin.kvstore.node.service import StoreService
-from snowskin.kvstore.rpc import channel_options, serving, translating
+from snowskin.kvstore.messages import WatchRequest
+from snowskin.kvstore.rpc import channel_options, translating
 from snowskin.v1 import store_pb2_grpc
-
-BLOCK = 64
-NAMESPACE = b"N" * 32
-
-
-class Node:
-    """A shell with a gRPC server; blocks are published into its state."""
-
-    def __init__(self, **settings):
-        settings = {"dram_nbytes": 1 << 20, "watch_beat_s": 30.0, "watch_stall_s": 30.0, **settings}
-        self.settings = NodeSettings(**settings)
-        self.shell = make_shell(self.settings)
-        self.service = StoreService(self.shell, self.settings.watch_limits())
-        self.replies = []
-        self.session = self.shell.open_session(
-            "writer", lambda _, reply: self.replies.append(reply), maps_memory=False
-        )
-        self.calls = 0
-        self.address = ""
-
-    def publish(self, numbers) -> None:
-        """Commits blocks of these numbers, as one run."""
-        keys = KeyColumn.of([key_of(number) for number in numbers])
-        request = ReserveRequest(namespace=NAMESPACE, keys=keys, block_nbytes=BLOCK)
-        self.shell.request(self.session.id, 1, request)
-        reserved = self.replies.pop()
-        assert isinstance(reserved, Reserved)
-        assert reserved.lease is not None
-        commit = CommitRequest(
-            lease_id=reserved.lease.id, num_blocks=len(keys), checksums=bytes(4 * len(keys))
-        )
-        self.shell.request(self.session.id, 2, commit)
-
-    @property
-    def keys(self) -> set[bytes]:
-        return {entry.key for entry in self.shell.state.residence.index}
-
-
-def key_of(number: int) -> bytes:
-    return number.to_bytes(8, "little") * 4
-
-
-@asynccontextmanager
-async def node(**settings):
-    served = Node(**settings)
-    async with serving(
-        [(store_pb2_grpc.add_StoreServicer_to_server, served.service)],
-        host="127.0.0.1",
-        port=0,
-        service_names=[],
-        role="node",
-    ) as server:
-        served.address = server.address
-        try:
-            yield served
-        finally:
-            served.shell.drain()
-            served.service.close()
-    served.shell.close()
+from tests.support.served_node import NAMESPACE, key_of
+from tests.support.served_node import served_node as node
 
 
 @dataclass
