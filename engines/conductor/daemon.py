@@ -146,7 +146,9 @@ class Conductor:
             ),
         )
         self.metrics = Metrics(ROLE)
-        counts = ConductorMetrics(self.metrics, self.state, self.scheduler.view)
+        counts = ConductorMetrics(
+            self.metrics, self.state, self.scheduler.view, self.directory.knowledge
+        )
         self.pipeline = Pipeline(
             self.scheduler,
             self.engines,

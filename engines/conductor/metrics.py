@@ -13,6 +13,7 @@ from snowskin.engines.conductor.errors import NoInstanceReady, RequestRefused
 from snowskin.engines.conductor.request import RefusalReason, Stage
 from snowskin.engines.conductor.state import Outcome
 from snowskin.engines.conductor.view import InstanceState
+from snowskin.kvstore.directory.view import Sync
 from snowskin.kvstore.metrics import CALL_S, REQUEST_S
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from snowskin.engines.conductor.state import ConductorState
     from snowskin.engines.conductor.view import ClusterView
     from snowskin.kvstore.clock import Clock
+    from snowskin.kvstore.directory.view import NodeKnowledge
     from snowskin.kvstore.metrics import Metrics
     from snowskin.transport.errors import SnowskinError
 
@@ -36,12 +38,24 @@ class ConductorMetrics:
     """Of one conductor."""
 
     def __init__(
-        self, metrics: Metrics, state: ConductorState, view: Callable[[], ClusterView]
+        self,
+        metrics: Metrics,
+        state: ConductorState,
+        view: Callable[[], ClusterView],
+        knowledge: Callable[[str], NodeKnowledge],
     ) -> None:
-        """Is read with `metrics` from now on; `view` is of `state` now."""
+        """Is read with `metrics` from now on.
+
+        Args:
+            metrics: of the process.
+            state: counts the requests.
+            view: the instances now.
+            knowledge: what the directory knows of the node at an address now.
+        """
         self._metrics = metrics
         self._state = state
         self._view = view
+        self._knowledge = knowledge
         self.ttft_s = metrics.histogram(
             "ttft_seconds", "Arrival of a request to its first token out.", bounds=REQUEST_S
         )
@@ -99,6 +113,32 @@ class ConductorMetrics:
             by_state[instance.role, instance.state] += 1
         yield metrics.gauge(
             "instances", "Instances that have registered.", by_state.items(), ("role", "state")
+        )
+
+        addresses = sorted({each.node_address for each in view.instances if each.node_address})
+        yield from self._read_nodes([self._knowledge(address) for address in addresses])
+
+    def _read_nodes(self, nodes: list[NodeKnowledge]) -> Iterable[Metric]:
+        metrics = self._metrics
+        by_sync = {(sync.replace(" ", "_"),): 0 for sync in Sync}
+        for node in nodes:
+            by_sync[node.sync.replace(" ", "_"),] += 1
+        yield metrics.gauge(
+            "nodes",
+            "Nodes of these instances, by what the directory knows.",
+            by_sync.items(),
+            ("sync",),
+        )
+        yield metrics.gauge(
+            "directory_blocks",
+            "Blocks that the directory knows, once for each node that has them.",
+            [((), sum(node.num_blocks for node in nodes))],
+        )
+        ages = [node.seconds_since_message for node in nodes if node.sync is Sync.IN_SYNC]
+        yield metrics.gauge(
+            "directory_age_seconds",
+            "Since the last message of the node, of those in sync, that has been silent longest.",
+            [((), max(ages, default=0.0))],
         )
 
     def counted(self, app: ASGIApp) -> ASGIApp:

@@ -279,6 +279,8 @@ async def test_the_cluster_is_well_and_says_so(seen):
         assert seen.value(f"snowskin_{role}_node_connected") == 1
         assert seen.value(f"snowskin_{role}_node_breaker", state="closed") == 1
         assert seen.value(f"snowskin_{role}_kv_blocks", state="held") == 0
+    assert seen.value("snowskin_conductor_nodes", sync="in_sync") == 1
+    assert seen.value("snowskin_node_watchers") == 1
     assert seen.value("snowskin_node_door_calls_total") > 10
     assert seen.value("snowskin_prefill_rpc_seconds_count", method="Engine/Prefill") == 3
 

@@ -11,6 +11,8 @@ from snowskin.engines.conductor.metrics import ConductorMetrics
 from snowskin.engines.conductor.request import Refusal, RefusalReason
 from snowskin.engines.conductor.state import ConductorState, Outcome
 from snowskin.kvstore.clock import ManualClock
+from snowskin.kvstore.directory.view import DirectoryView
+from snowskin.kvstore.messages import Watched
 from snowskin.kvstore.metrics import Metrics
 from tests.support.clusters import load, registration
 
@@ -22,8 +24,12 @@ class Stage:
         self.clock = ManualClock(100.0)
         self.state = ConductorState(suspect_after_s=1.0)
         self.metrics = Metrics("conductor")
+        self.directory = DirectoryView()
         self.counts = ConductorMetrics(
-            self.metrics, self.state, lambda: self.state.view(self.clock.now_s())
+            self.metrics,
+            self.state,
+            lambda: self.state.view(self.clock.now_s()),
+            lambda address: self.directory.knowledge(address, self.clock.now_s()),
         )
 
     def __getitem__(self, key):
@@ -124,6 +130,25 @@ def test_instances_are_counted_by_role_and_state_as_they_are_now(stage):
     stage.clock.advance(2.0)
     assert stage["instances", "prefill", "ready"] == 0
     assert stage["instances", "prefill", "suspect"] == 2
+
+
+def test_nodes_are_counted_by_what_the_directory_knows_of_them(stage):
+    for name, node in [
+        ("prefill-0", "node-0:1"),
+        ("prefill-1", "node-1:1"),
+        ("decode-0", "node-0:1"),
+    ]:
+        about = registration(name, address=name, node_address=node)
+        stage.state.on_registered(about, load(), stage.clock.now_s())
+    assert stage["nodes", "unknown"] == 2
+    assert stage["directory_age_seconds"] == 0
+    empty = Watched(node_epoch=1, sequence=0, snapshot_begins=True, in_sync=True)
+    stage.directory.take("node-0:1", empty, stage.clock.now_s())
+    stage.clock.advance(0.5)
+    assert stage["nodes", "in_sync"] == 1
+    assert stage["nodes", "unknown"] == 1
+    assert stage["directory_blocks"] == 0
+    assert stage["directory_age_seconds"] == 0.5
 
 
 async def test_answers_are_counted_by_endpoint_and_a_path_that_users_make_up_is_no_label(stage):
