@@ -17,7 +17,7 @@ from snowskin.kvstore.directory.view import Sync
 from tests.support.clusters import SHAPE
 from tests.support.conductors import conducting, make_tiny_model
 from tests.support.fake_engines import FakeEngine
-from tests.support.served_node import served_node
+from tests.support.watched_node import watched_node
 
 SEED = 41
 NAMESPACES = (b"a" * 32, b"b" * 32)
@@ -53,7 +53,7 @@ async def test_several_directories_of_one_node_agree_while_it_evicts():
     chance = random.Random(SEED)
     print(f"seed {SEED}")
     async with contextlib.AsyncExitStack() as stack:
-        node = await stack.enter_async_context(served_node())
+        node = await stack.enter_async_context(watched_node())
         early, late = [await stack.enter_async_context(directory()) for _ in range(2)]
         early.want(node.address)
         await agrees(early, node)
@@ -77,7 +77,7 @@ async def test_several_directories_of_one_node_agree_while_it_evicts():
 
 async def test_a_node_that_starts_anew_is_known_anew():
     async with directory() as known:
-        async with served_node() as first:
+        async with watched_node() as first:
             first.publish(NAMESPACES[0], KEYS[:20])
             known.want(first.address)
             await agrees(known, first)
@@ -85,7 +85,7 @@ async def test_a_node_that_starts_anew_is_known_anew():
         port = int(first.address.rpartition(":")[2])
         await until(lambda: known.knowledge(first.address).sync is Sync.SUSPECT)
         assert known.locate(NAMESPACES[:1], KeyColumn.of(KEYS)).bitmaps == {}
-        async with served_node(port=port) as second:
+        async with watched_node(port=port) as second:
             second.publish(NAMESPACES[0], KEYS[10:15])
             await agrees(known, second)
             assert known.knowledge(first.address).node_epoch != epoch
@@ -106,7 +106,7 @@ HASHES = block_hashes(list(PROMPT.encode()), SHAPE.block_size)
 async def two_nodes_and_a_conductor(model):
     """The engines say that they are on the first node; a fake prefill names what it found."""
     async with contextlib.AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(served_node()) for _ in range(2)]
+        nodes = [await stack.enter_async_context(watched_node()) for _ in range(2)]
         engines = [FakeEngine("prefill-0"), FakeEngine("prefill-1"), FakeEngine("decode-0")]
         # However long an answer takes here: what it may take is another test's.
         cluster = await stack.enter_async_context(conducting(model, engines, probe_budget_s=5.0))
