@@ -14,8 +14,10 @@ import httpx
 import pytest
 import yaml
 
+from snowskin.kvstore.config import explain
 from snowskin.tools import healthy
 from snowskin.tools.cluster import served_model
+from snowskin.tools.cluster.tables import SETTINGS
 from snowskin.tools.kvctl.output import KvctlSettings
 from tests.support.compose import ComposeRun, instructions, interpolate, last, seconds
 from tests.support.tiny_model import make_tiny_model
@@ -161,6 +163,21 @@ def test_every_role_runs_with_as_little_as_it_needs(dockerfile):
             assert port.startswith("127.0.0.1:"), f"{port} is open to everybody"
         assert not SECRET_NAME.search(str(service.get("environment", "")))
         assert re.search(r":v?\d+\.\d+\.\d+", service["image"]) or "build" in service
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_each_role_accepts_its_settings_as_they_are_written(name, monkeypatch):
+    """With 0.0.0.0 in them, which the processes below do not get: --insecure must be there, and is enough."""
+    service = compose()["services"][name]
+    for variable, value in service["environment"].items():
+        monkeypatch.setenv(variable, value)
+    role, *flags = service["command"]
+    told = {
+        each.name: each.value for each in explain(SETTINGS[role](), table=role, arguments=flags)
+    }
+    SETTINGS[role]()(**told)
+    assert told["host"] == "0.0.0.0"
+    assert told["http_port"] == 8080
 
 
 def test_only_the_node_may_write_where_the_door_is():
