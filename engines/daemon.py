@@ -86,7 +86,7 @@ class EngineSettings(RoleSettings):
     pull_timeout_s: float = setting(2.0, help="Longest pull of cached blocks.")
     publish_timeout_s: float = setting(2.0, help="Longest wait for room at the node.")
     lookup_budget_s: float = setting(
-        0.012, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
+        0.01, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class EngineSettings(RoleSettings):
             raise BadSetting("no node is named", hint="give --node unix:/path, or host:port")
         if not 0.0 < self.lookup_budget_s <= 60.0:
             raise BadSetting(
-                f"lookup_budget_s is {self.lookup_budget_s}", hint="give seconds, 0.012 is usual"
+                f"lookup_budget_s is {self.lookup_budget_s}", hint="give seconds, 0.01 is usual"
             )
         if self.device != "cpu":
             raise BadSetting(f"device is {self.device!r}", hint="this build needs cpu")

@@ -40,7 +40,7 @@ BACKOFF_S = (0.05, 0.1, 0.2, 0.5)
 LOOK_S = 0.25  # how soon a node that died between two calls is noticed
 # What a request may lose to nodes that do not answer; with the conductor's own budget for its
 # questions it stays within 20 ms.
-LOOKUP_BUDGET_S = 0.012
+LOOKUP_BUDGET_S = 0.01
 # How long work at the node may take before the node is asked whether it still answers, and how
 # often it is asked then.
 PATIENCE_S = 0.005
@@ -318,6 +318,8 @@ class StoreLink:
             await asyncio.wait([task], timeout=min(PATIENCE_S, budget.left_s))
             while not task.done():
                 self._get()
+                if self.guard.breaker.is_suspect and not budget.left_s:
+                    raise DeadlineExceeded(f"{self._name} has not answered since it was late")
                 await self.guard.ask(budget)
                 await asyncio.wait([task], timeout=ASK_AGAIN_S)
             return task.result()
@@ -363,7 +365,11 @@ class StoreLink:
 
     async def _probe(self) -> None:
         connection = self._get()
-        await connection.client.probe(namespaces=(self.namespace,), keys=NO_KEY)
+        try:
+            await connection.client.probe(namespaces=(self.namespace,), keys=NO_KEY)
+        except SnowskinError as error:
+            self._note_lost(connection, error)
+            raise
 
     async def open(self) -> None:
         """Connects once; raises NodeUnavailable. `run` does it again and again."""

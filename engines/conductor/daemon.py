@@ -75,7 +75,7 @@ class ConductorSettings(RoleSettings):
     request_timeout_s: float = setting(300.0, help="Seconds that one request may take.")
     max_retries: int = setting(2, help="Retries of prefill, and of decode, when one is lost.")
     probe_budget_s: float = setting(
-        0.006, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
+        0.005, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
     )
     watch_silence_s: float = setting(
         SILENCE_S, help="Seconds without news from a node, after which it is asked instead."

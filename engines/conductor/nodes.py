@@ -31,7 +31,7 @@ _AnswerT = TypeVar("_AnswerT")
 MIN_PAUSE_S = 0.1
 MAX_PAUSE_S = 2.0
 # With what an instance may lose at its own look-ups this stays within 20 ms.
-PROBE_BUDGET_S = 0.006
+PROBE_BUDGET_S = 0.005
 # Of no block: a node is asked for it only to see whether it answers.
 NO_NAMESPACE, NO_KEY = bytes(32), KeyColumn.of([bytes(32)])
 
@@ -113,6 +113,16 @@ class Nodes:
         """Begins to connect, so that the first question need not wait for it."""
         if address and not self._closed:
             self._begin(address, self._node(address))
+
+    def guard(self, address: str) -> NodeGuard:
+        """What keeps requests from this node while it does not answer."""
+        return self._node(address).guard
+
+    def is_usable(self, address: str) -> bool:
+        """Whether a request would ask this node now."""
+        node = self._node(address)
+        is_connected = node.client is not None and node.client.connected
+        return is_connected and node.guard.usable
 
     async def probe(
         self,
@@ -240,7 +250,7 @@ class Nodes:
         node = self._nodes.get(address)
         if node is None or node.client is None:
             raise NodeUnavailable(f"node {address} is not connected")
-        await node.client.probe(namespaces=(NO_NAMESPACE,), keys=NO_KEY)
+        await self._asked(address, node.client.probe(namespaces=(NO_NAMESPACE,), keys=NO_KEY))
 
     async def _asked(self, address: str, answer: Awaitable[_AnswerT]) -> _AnswerT:
         try:

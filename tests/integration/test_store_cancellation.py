@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import queue
+import threading
 from contextlib import asynccontextmanager
 
 import numpy as np
 import psutil
 import pytest
 
+from snowskin.kvstore.client import door_connection
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.node.daemon import NodeSettings, serve_node
 from tests.support.roles import running
@@ -264,3 +267,22 @@ async def test_a_cancelled_copy_is_cancelled_even_while_its_lease_is_being_renew
                 else:
                     await asyncio.gather(task, return_exceptions=True)
         await settles(observer)
+
+
+async def test_pools_are_unmapped_off_the_loop(monkeypatch):
+    """Behind a dead node we are the last who map its pools: giving back 256 MiB of pages takes 0.1 s."""
+    unmapped = queue.SimpleQueue()
+
+    def noted(mappings):
+        real(mappings)
+        unmapped.put((threading.current_thread(), [mapping.closed for mapping in mappings]))
+
+    real = door_connection.unmap
+    monkeypatch.setattr(door_connection, "unmap", noted)
+    async with node_and_observer("door") as (address, _):
+        client = await StoreClient.connect(address, client_name="goes")
+        await client.close()
+        thread, are_closed = await asyncio.to_thread(unmapped.get, timeout=10)
+        assert thread is not threading.main_thread()
+        assert are_closed == [True]
+        thread.join(10)

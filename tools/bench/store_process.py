@@ -39,13 +39,17 @@ class StoreProcess:
 
 
 @contextmanager
-def store_process(*, dram_nbytes: int) -> Iterator[StoreProcess]:
-    """A node on loopback with a pool of `dram_nbytes`; gone when the block is left."""
+def store_process(*, dram_nbytes: int, like: StoreProcess | None = None) -> Iterator[StoreProcess]:
+    """A node on loopback with a pool of `dram_nbytes`; gone when the block is left.
+
+    With `like` it listens where that one listened, which is dead.
+    """
     with tempfile.TemporaryDirectory(prefix="snowskin-") as folder:
         ready_fd, child_fd = os.pipe()
         command = [sys.executable, "-P", "-m", "snowskin.tools.cluster.main", "node"]
         flags = {
-            "--door": str(Path(folder) / "door"),
+            "--door": like.door.removeprefix("unix:") if like else str(Path(folder) / "door"),
+            "--port": like.address.rpartition(":")[2] if like else "0",
             "--dram-nbytes": str(dram_nbytes),
             "--ready-fd": str(child_fd),
             "--parent-pid": str(os.getpid()),
@@ -60,6 +64,7 @@ def store_process(*, dram_nbytes: int) -> Iterator[StoreProcess]:
             yield _wait_ready(ready_fd, process)
         finally:
             os.close(ready_fd)
+            process.send_signal(signal.SIGCONT)  # where a benchmark has stopped it
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(STOP_TIMEOUT_S)

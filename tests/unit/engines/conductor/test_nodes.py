@@ -254,3 +254,15 @@ async def test_a_request_does_not_wait_for_a_node_that_was_lost(net, nodes):
         await asyncio.sleep(0)
     assert task.done()
     net.gate.set()
+
+
+async def test_a_node_that_a_look_finds_gone_is_lost_before_the_next_request(net, nodes):
+    node = net.nodes["a"] = FakeNode()
+    await probed(nodes, "a")
+    node.hangs = True
+    await asked(nodes, "a")
+    node.error, node.hangs = NodeUnavailable("gone"), False
+    async with asyncio.timeout(10):
+        while nodes._nodes["a"].client is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert not nodes.is_usable("a")
