@@ -10,6 +10,7 @@ import types
 
 import pytest
 
+from snowskin.engines.conductor.daemon import ConductorSettings
 from snowskin.kvstore import tracing
 from snowskin.kvstore.client.machine import Conversation
 from snowskin.kvstore.errors import BadSetting, PoolExhausted
@@ -164,6 +165,12 @@ def test_the_ratio_decides_only_where_the_caller_did_not(path, said, num_spans):
     ):
         assert (span is not None) == bool(num_spans)
     assert len(spans(path)) == num_spans
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_a_ratio_is_a_share(ratio):
+    with pytest.raises(BadSetting, match="trace_ratio"):
+        ConductorSettings(model="m", trace_ratio=ratio)
 
 
 @pytest.mark.parametrize(
