@@ -97,6 +97,16 @@ async def test_a_subscriber_hears_what_is_here_and_what_comes():
             assert subscriber.num_snapshots == 1
 
 
+async def test_who_waits_is_woken_by_a_change(monkeypatch):
+    monkeypatch.setattr("snowskin.kvstore.node.watching.GAP_S", 0.0)
+    async with node() as served, watching(served) as subscriber:
+        await subscriber.hear_until(knows_all)
+        async with watching(served) as another:
+            await another.hear()  # by when the first one's stream has nothing left to look at
+        served.publish([1])
+        await subscriber.hear_until(lambda s: s.keys)
+
+
 async def test_who_comes_back_in_time_goes_on_behind_what_it_has():
     async with node() as served:
         served.publish(range(10))
