@@ -336,9 +336,15 @@ class UpProcess:
 
     @contextlib.asynccontextmanager
     async def asking(
-        self, prompt: list[int], max_tokens: int, *, use_cache: bool = True, request_id: str = ""
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        use_cache: bool = True,
+        request_id: str = "",
+        **fields: Any,
     ) -> AsyncIterator[Answer]:
-        """A streamed greedy completion under way; leaving the block hangs up."""
+        """A streamed completion under way, greedy but for `fields`; leaving the block hangs up."""
         body = {
             "model": self.model.name,
             "prompt": prompt,
@@ -347,6 +353,7 @@ class UpProcess:
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
+            **fields,
         }
         headers = {"x-snowskin-stats": "1", "x-snowskin-cache": "on" if use_cache else "off"}
         if request_id:
