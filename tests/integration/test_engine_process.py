@@ -353,6 +353,7 @@ async def test_health_says_who_it_is_and_whether_node_and_conductor_answer():
             "role": "prefill",
             "id": "prefill-0",
             "node_connected": True,
+            "node_breaker": "closed",
             "conductor_connected": True,
         }
 
