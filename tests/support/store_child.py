@@ -104,7 +104,8 @@ class StoppingChecksums(RunningChecksums):
         super().landed(offset, nbytes)
         StoppingChecksums.stop_after -= 1
         if StoppingChecksums.stop_after == 0:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this very thread, which may be a worker: sent to the process, it might copy on for a while.
+            signal.raise_signal(signal.SIGSTOP)
 
 
 def stop_in_unverified_copies() -> None:
@@ -127,7 +128,7 @@ def outcome_of(task: Task) -> dict:
     landing = task.data if task.do == "publish" else np.zeros_like(task.data)
     try:
         with connected(
-            task.driver, task.address, client_name=f"child-{task.do}", verify=task.verify
+            task.driver, task.address, client_name=f"child-{task.do}-{task.seed}", verify=task.verify
         ) as client:
             result = getattr(client, task.do)(**task.call, local=client.register(landing))
     except SnowskinError as error:
