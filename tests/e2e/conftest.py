@@ -1,7 +1,8 @@
 """What the end-to-end tests share: one model, the same model in one piece, and one cluster.
 
-Starting a cluster costs seconds, so one of two prefill and two decode processes serves all of them; a test that kills
-something, or counts from nothing, starts its own. All run on the loop of the session, which the cluster belongs to.
+Starting a cluster costs seconds, so one of two prefill and two decode processes serves all of them, and another one on
+two nodes those of several nodes; a test that kills something, or counts from nothing, starts its own. All run on the
+loop of the session, which the clusters belong to.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ async def _session_loop():
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def cluster(sensitive_model):
     async with exact_cluster(sensitive_model) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def two_nodes(sensitive_model):
+    """Two nodes, and of each kind of engine one on each."""
+    async with exact_cluster(sensitive_model, nodes=2) as running:
         yield running
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from snowskin.engines.model.tokenizer import Tokenizer
 from tests.support.completions import asking
-from tests.support.e2e_cluster import BLOCK_SIZE, CHUNK_TOKENS, MAX_AT_ONCE, exact_cluster
+from tests.support.e2e_cluster import BLOCK_SIZE, CHUNK_TOKENS, MAX_AT_ONCE
 from tests.support.one_piece import agreement
 from tests.support.sensitive_model import words
 
@@ -123,16 +123,11 @@ async def test_two_prefill_and_two_decode_processes_answer_as_the_model_in_one_p
     assert all(each.stats[1]["num_cached_tokens"] for each in conversations), "first turns"
 
 
-async def test_so_do_they_where_half_of_the_hand_offs_go_from_node_to_node(
-    sensitive_model, one_piece
-):
+async def test_so_do_they_where_half_of_the_hand_offs_go_from_node_to_node(two_nodes, one_piece):
     chance = random.Random(SEED + 2)
     print(f"seed {SEED + 2}")
     conversations = chance.sample(make_conversations(chance), NUM_ON_TWO_NODES)
-    async with (
-        exact_cluster(sensitive_model, nodes=2) as own,
-        asking(own.http_address) as asker,
-    ):
+    async with asking(two_nodes.http_address) as asker:
         await answers_are_those_of_the_model_in_one_piece(conversations, asker, one_piece, chance)
 
 
