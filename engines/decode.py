@@ -36,6 +36,7 @@ from snowskin.engines.meter import Meter
 from snowskin.engines.publisher import BlockPublisher, PublishRules
 from snowskin.engines.sequence import LENGTH, Drawn, KeyChain, Sequence
 from snowskin.kvstore import tracing
+from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.errors import BadRequest
 from snowskin.kvstore.messages import WakeReason
 from snowskin.kvstore.telemetry import get_logger
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from snowskin.engines.link import StoreLink
     from snowskin.engines.nodes import NodeLinks
     from snowskin.engines.runner import ModelRunner, Step
-    from snowskin.kvstore.client.breaker import LookupBudget
     from snowskin.kvstore.client.machine import Pulled
 
 Emit = Callable[[DecodeOutput], Awaitable[None]]
@@ -203,8 +203,9 @@ class DecodeInstance:
         tally: _Tally,
     ) -> None:
         keys = KeyChain(start.prompt, self._limits.block_size)
-        # For what is pulled after the hand-off; before it, waiting costs nothing.
-        budget = self._nodes.own.new_budget()
+        # For what is pulled after the hand-off; before it, waiting costs nothing. Twice a prefill's:
+        # the user has the first token, and what is not found has been computed once already.
+        budget = LookupBudget(2 * self._nodes.own.guard.budget_s)
         await self._pull_early(start, sequence, keys, handoff, tally, budget)
         received = await self._await_handoff(start, sequence, handoff, tally)
         if received.finish_reason or sequence.max_length == sequence.num_prompt_tokens + 1:
