@@ -72,7 +72,7 @@ class NodeSettings(RoleSettings):
     watch_stall_s: float = setting(
         10.0, help="How long a subscriber may read nothing before it is dropped."
     )
-    max_watchers: int = setting(64, help="Subscribers to block changes at once.")
+    max_watchers: int = setting(16, help="Subscribers to block changes at once.")
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, before anything is opened."""
