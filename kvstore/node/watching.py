@@ -37,8 +37,8 @@ class WatchLimits:
     Attributes:
         beat_s: seconds of silence at most.
         stall_s: how long a subscriber may take nothing of what it is sent.
-        max_watchers: subscribers at once; while its snapshot lasts, each costs a list of one namespace's keys, 8 bytes a
-            block.
+        max_watchers: subscribers at once; while its snapshot lasts, each costs a list of a namespace's keys, 8 bytes
+            a block.
     """
 
     beat_s: float = 2.0
