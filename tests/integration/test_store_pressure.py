@@ -129,6 +129,22 @@ def test_a_lone_client_pulls_more_than_its_share_whole(node, driver, way):
         assert node.stat().counters["matches_cut"] == before + 2
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_what_a_reader_has_left_on_its_board_is_no_lease_any_more(node, driver):
+    share = 16 * MIB // BLOCK_NBYTES
+    numbers = [40 + 3 * DRIVERS.index(driver) + index for index in range(3)]
+    with connected(driver, node.door, client_name="reader") as client:
+        for number in numbers:
+            client.publish(
+                **arguments(number, share), local=client.register(data_of(number, share))
+            )
+        before = node.stat().counters.get("matches_cut", 0)
+        landing = client.register(np.zeros(16 * MIB, np.uint8))
+        for number in numbers:
+            assert client.pull(**arguments(number, share), local=landing).num_blocks == share
+        assert node.stat().counters.get("matches_cut", 0) == before
+
+
 def hold(client, number: int, num_blocks: int) -> int:
     """Leases blocks and keeps them; the lease."""
     match = MatchRequest(namespaces=(NAMESPACE,), keys=keys_of(number, num_blocks))
