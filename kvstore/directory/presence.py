@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-MAX_PULLS = 64  # of one sequence: what is scattered more than this is cheaper computed than fetched
+MAX_PULLS = 16  # of one sequence: what is scattered more than this is cheaper computed than fetched
 
 
 def num_leading_ones(bitmap: int) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snowskin.tools.bench.report import Report
 
 BENCHES = {
+    "directory": "snowskin.tools.bench.directory",
     "reliability": "snowskin.tools.bench.reliability",
     "spine": "snowskin.tools.bench.spine",
 }
