@@ -10,8 +10,9 @@ Rules kept here:
 - Pure: messages and the time in, a `Presence` out. What is told is a hint; only a Match knows.
 
 How it works: one dict a namespace, from key to a bit for each node, so that a look-up asks once a key, however many
-nodes there are (`bench directory`, 8 nodes: 0.14 ms for 1,024 keys, 0.7 µs and 105 bytes a block). A dropped node loses its bit at once; what it left in the dicts is swept later, a piece at a time,
-because a million entries take tenths of a second.
+nodes there are (`bench directory`, 8 nodes: 0.14 ms for 1,024 keys, 0.7 µs and 105 bytes a block). A dropped node loses
+its bit at once; what it left in the dicts is swept later, a piece at a time, because a million entries take tenths of
+a second.
 """
 
 from __future__ import annotations
