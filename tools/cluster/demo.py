@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -231,6 +232,12 @@ async def _read_at_once(
     ]
 
 
+def _shared(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with: the document, and not the questions behind it."""
+    columns = zip(*prompts, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
 async def _num_holding(cluster: LocalCluster, prompt_token_ids: Sequence[int]) -> int:
     """Nodes that hold all full blocks of a prompt."""
     async with AdminClient(cluster.conductor_address, timeout_s=ADMIN_TIMEOUT_S) as admin:
@@ -256,9 +263,10 @@ async def _ask_all(
             return turns, None, asked
         screen.step(f"{settings.num_readers} users ask about the document at the same time")
         readers = await _read_at_once(settings, client, model, document)
+    prompts = [tokenizer.encode_chat(each) for each in ([first], *(r.messages for r in readers))]
     spread = Spread(
         answers=tuple(reader.answer for reader in readers),
-        num_holding=await _num_holding(cluster, tokenizer.encode_chat([first])),
+        num_holding=await _num_holding(cluster, _shared(prompts)),
         num_nodes=settings.nodes,
     )
     return turns, spread, asked + readers

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from snowskin.tools.cluster.chat import Answer
 from snowskin.tools.cluster.demo_report import (
+    Spread,
     Traffic,
     Turn,
     make_report,
@@ -82,3 +83,17 @@ def test_an_answer_of_one_token_has_no_tbt():
         [Turn(number=1, cached=single, uncached=single)], num_wrong=0, num_rounding=0
     )
     assert not any(row.name.startswith("TBT") for row in report.rows)
+
+
+def test_a_spread_adds_its_readers_and_the_goal_that_every_node_holds_the_document():
+    asked = turns((4, 4), (0.3, 4), (0.3, 4))
+    for num_holding, missed in ((2, []), (1, ["nodes that hold the document"])):
+        spread = Spread(answers=(answer(0.5), answer(0.7)), num_holding=num_holding, num_nodes=2)
+        report = make_report(asked, num_wrong=0, num_rounding=0, spread=spread)
+        assert [row.name for row in report.missed] == missed
+        readers = [row for row in report.rows if "reader" in row.name]
+        assert [row.ratio for row in readers] == [0.125, 0.175]
+        assert "0.075 and 0.075 (goal <= 0.3: held)" in ratio_line(report), "of turns alone"
+    out = io.StringIO()
+    Console(file=out, width=200).print(requests_table(asked, spread))
+    assert "reader 2" in out.getvalue()
