@@ -117,7 +117,7 @@ class NodeLinks:
         if other is None:
             return None
         link = other.link
-        if not link.connected and not link.tried.is_set():
+        if not link.connected:
             try:
                 async with asyncio.timeout(FIRST_CONNECT_S):
                     await link.tried.wait()

@@ -57,6 +57,27 @@ async def test_a_prefill_at_a_silent_node_answers_without_its_publishes(num_toke
         store.gate.set()
 
 
+async def test_all_that_a_request_asks_shares_one_budget(monkeypatch):
+    store = FakeStore()
+    async with open_bench(store.connect) as bench:
+        link, budgets = bench.prefill_link, []
+
+        def noting(name):
+            real = getattr(link, name)
+
+            async def noted(*arguments, **keywords):
+                budgets.append((name, keywords.get("budget") or arguments[-1]))
+                return await real(*arguments, **keywords)
+
+            monkeypatch.setattr(link, name, noted)
+
+        noting("pull")
+        noting("while_answering")
+        await bench.run_prefill(make_prompt(prompt_tokens(38)), GREEDY)
+        assert [name for name, _ in budgets] == ["pull", "while_answering", "while_answering"]
+        assert len({id(budget) for _, budget in budgets}) == 1
+
+
 async def test_a_silent_node_is_left_alone_and_then_not_even_asked():
     store = FakeStore()
     async with open_bench(store.connect) as bench:
