@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import psutil
@@ -18,7 +19,7 @@ from snowskin.kvstore.errors import BadSetting
 from snowskin.tools.cluster.chat import stream_chat
 from snowskin.tools.cluster.directory import PREFIX, ClusterDirectory
 from snowskin.tools.cluster.errors import ChildFailed, ChildUnknown
-from snowskin.tools.cluster.local import LocalCluster
+from snowskin.tools.cluster.local import MAIN_MODULE, LocalCluster
 from snowskin.tools.cluster.up_settings import UpSettings
 from tests.support.tiny_model import make_tiny_model
 
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 8}]
 STOP_TIMEOUT_S = 60.0
+ROOT = Path(__file__).resolve().parents[2]
+TOYS = "tests.support.engine_toy"
 CTRL_C_SEED = 20240611
 START_S = 3.0  # of a cluster on a quiet machine
 
@@ -153,11 +156,13 @@ async def test_an_engine_that_cannot_start_fails_the_cluster_and_leaves_nothing(
     assert list(runtime_dir.iterdir()) == []
 
 
-def start_up(model, *flags: str) -> subprocess.Popen[str]:
+def start_up(model, *, module: str = MAIN_MODULE) -> subprocess.Popen[str]:
+    """`snowskin up`; with `TOYS` its engines compute nothing and start at once."""
     return subprocess.Popen(
-        [sys.executable, "-m", "snowskin.tools.cluster.main", "up", "--model", str(model),
-         "--http-port", "0", "--dram-nbytes", "64MiB", "--kv-memory-nbytes", "32MiB", *flags],
+        [sys.executable, "-m", module, "up", "--model", str(model),
+         "--http-port", "0", "--dram-nbytes", "64MiB", "--kv-memory-nbytes", "32MiB"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        cwd=ROOT,
     )  # fmt: skip
 
 
@@ -192,7 +197,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(model, runtime_dir, index):
 def test_a_signal_to_a_ready_cluster_ends_it_with_status_0_and_leaves_nothing(
     model, runtime_dir, number
 ):
-    with start_up(model) as process:
+    with start_up(model, module=TOYS) as process:
         wait_until_ready(process)
         assert len(processes_of(process.pid)) == 4
         process.send_signal(number)
@@ -205,7 +210,7 @@ def test_a_signal_to_a_ready_cluster_ends_it_with_status_0_and_leaves_nothing(
 def test_a_killed_supervisor_takes_its_children_along_and_the_next_one_sweeps_its_directory(
     model, runtime_dir
 ):
-    with start_up(model) as process:
+    with start_up(model, module=TOYS) as process:
         wait_until_ready(process)
         children = processes_of(process.pid)
         process.kill()
