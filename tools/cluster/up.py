@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snowskin.kvstore.config import options
+from snowskin.kvstore.config import CONFIG_META, options
 from snowskin.kvstore.telemetry import configure_logging
 from snowskin.tools.cluster.demo_inputs import make_model, model_directory
 from snowskin.tools.cluster.interrupts import Interrupted, run_interruptible
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from snowskin.tools.cluster.errors import ChildGivenUp
-
-_CONFIG = "snowskin.config"
 
 
 def forward_line(name: str, line: str) -> None:
@@ -67,26 +65,10 @@ def up(ctx: click.Context, settings: UpSettings) -> None:
     """
     configure_logging("up", level=settings.log_level, json=settings.log_json)
     try:
-        error: SnowskinError = run_interruptible(_serve(settings, ctx.meta.get(_CONFIG)))
+        error: SnowskinError = run_interruptible(_serve(settings, ctx.meta.get(CONFIG_META)))
     except Interrupted:
         return  # the way to end it
     except SnowskinError as failed:
         error = failed
     print(f"snowskin up: {error}", file=sys.stderr)
     ctx.exit(2 if error.status in ("INVALID_ARGUMENT", "FAILED_PRECONDITION") else 1)
-
-
-def _keep_config_path() -> None:
-    """`--config` is eaten by `options`; the children want the path too."""
-    (option,) = (param for param in up.params if param.name == "config")
-    read = option.callback
-    assert read is not None
-
-    def read_and_keep(ctx: click.Context, param: click.Parameter, path: Path | None) -> None:
-        read(ctx, param, path)
-        ctx.meta[_CONFIG] = path
-
-    option.callback = read_and_keep
-
-
-_keep_config_path()
