@@ -53,8 +53,8 @@ check: $(STAMP) ## format, lint, types, layers, generated code, Dockerfile and c
 test: check ## check, then every suite in order with its seconds
 	$(BIN)/python -m snowskin.tools.suites $(SUITES)
 
-test-nightly: check ## as test, with the soak tests
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m snowskin.tools.suites --nightly $(SUITES)
+test-nightly: check ## as test, with the soak tests; their numbers go to docs/results
+	NIGHTLY_RESULTS=docs/results HYPOTHESIS_PROFILE=soak $(BIN)/python -m snowskin.tools.suites --nightly $(SUITES)
 
 bench-smoke: $(STAMP) ## run every benchmark once, briefly: does it work, not how fast
 	$(BIN)/python -m snowskin.tools.bench smoke

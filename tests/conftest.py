@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TESTS = Path(__file__).parent
-SUITES = ("house", "unit", "property", "contract", "integration", "fault", "e2e")
+SUITES = ("house", "unit", "property", "simulation", "contract", "integration", "fault", "e2e")
 
 # No deadline: on a shared machine the time of one example says nothing. The seed is printed.
 for _name, _max_examples in {"dev": 50, "ci": 200, "soak": 10_000}.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("house", "unit", "property", "contract", "integration", "fault", "e2e")
+ORDER = ("house", "unit", "property", "simulation", "contract", "integration", "fault", "e2e")
 DEFAULT_MARKERS = "not soak and not gpu and not rdma"
 NIGHTLY_MARKERS = "not gpu and not rdma"
 NO_TESTS_COLLECTED = 5  # pytest's exit status
