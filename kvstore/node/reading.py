@@ -202,7 +202,8 @@ class Reading:
         runs, segments = self._runs_of(shards)
         self._residence.lease(segments)
         num_withheld = 0
-        if segments and self.shares.are_tight(session) and not request.tail_request_id:
+        pool, bound_nbytes = self.shares.bounds[session.tenant]
+        if pool.leased_nbytes > bound_nbytes and segments and not request.tail_request_id:
             self._residence.unlease(segments)
             try:
                 shards, num_withheld = self._cut(session, request, now_s)
@@ -278,32 +279,22 @@ class Reading:
         runs: list[Run] = []
         segments: list[PlacedSegment] = []
         for shard_index, entries in enumerate(shards):
-            self._collect_runs(entries, shard_index, runs, segments)
-        return runs, segments
-
-    def _collect_runs(
-        self,
-        entries: list[BlockEntry],
-        shard_index: int,
-        runs: list[Run],
-        segments: list[PlacedSegment],
-    ) -> None:
-        """Appends the runs of one shard, and each run's segment."""
-        start, total = 0, len(entries)
-        while start < total:
-            first = entries[start]
-            segment = first.segment
-            end = _end_of_run(entries, start)
-            runs.append(
-                Run(
-                    extent=self._residence.extent(segment, first.offset, end - start),
-                    first_block_index=start,
-                    num_blocks=end - start,
-                    shard_index=shard_index,
+            start, total = 0, len(entries)
+            while start < total:
+                first = entries[start]
+                segment = first.segment
+                end = _end_of_run(entries, start)
+                runs.append(
+                    Run(
+                        extent=self._residence.extent(segment, first.offset, end - start),
+                        first_block_index=start,
+                        num_blocks=end - start,
+                        shard_index=shard_index,
+                    )
                 )
-            )
-            segments.append(segment)
-            start = end
+                segments.append(segment)
+                start = end
+        return runs, segments
 
     # --- the end of read leases
 

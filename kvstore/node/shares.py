@@ -49,19 +49,15 @@ class LeaseShares:
         self._limits = limits
         self._reads = reads
         self._writes = writes
-        # No client leases more than all of them: below the smaller cap nobody need be counted.
         ratio = min(limits.max_leased_ratio, limits.max_client_leased_ratio)
-        self._bounds = {
+        self.bounds = {
             pool.tenant: (pool, int(pool.capacity_nbytes * ratio))
             for pool in residence.pools.values()
         }
+        """By tenant: its pool, and how much of it may be leased before anybody need be counted, since no client leases
+        more than all of them. Compared in every match, hence no method."""
         self.settle: Callable[[float], None] = lambda now_s: None
         """Called before anybody is counted: what readers have released, but nobody was told of yet, comes first."""
-
-    def are_tight(self, session: Session) -> bool:
-        """Whether a cap of its pool may be passed now, so that it must be counted; costs next to nothing."""
-        pool, bound_nbytes = self._bounds[session.tenant]
-        return pool.leased_nbytes > bound_nbytes
 
     def num_leasable(
         self, session: Session, starts: Iterable[tuple[int, PlacedSegment]], num_blocks: int
@@ -73,7 +69,7 @@ class LeaseShares:
             starts: for each piece of the run the index of its first block and its segment, in any order.
             num_blocks: of the whole run.
         """
-        pool, _ = self._bounds[session.tenant]
+        pool, _ = self.bounds[session.tenant]
         pool_cap = int(pool.capacity_nbytes * self._limits.max_leased_ratio)
         client_cap = int(pool.capacity_nbytes * self._limits.max_client_leased_ratio)
         own = self._held_by(session.id)
@@ -96,7 +92,7 @@ class LeaseShares:
 
     def exceeded(self, session: Session, now_s: float) -> LeaseShareExceeded:
         """Why not even the first block can be leased, who holds the leases, and when the next one ends by itself."""
-        pool, _ = self._bounds[session.tenant]
+        pool, _ = self.bounds[session.tenant]
         held: dict[SessionId, set[PlacedSegment]] = {}
         soonest_s = self._limits.read_lease_s
         for lease in self._reads_of(pool):

@@ -94,11 +94,10 @@ def leave_waiters(patch: pytest.MonkeyPatch) -> None:
 
 
 def lease_more_than_the_share(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeaseShares, "are_tight", lambda self, session: False)
+    patch.setattr(LeaseShares, "num_leasable", lambda self, session, starts, num_blocks: num_blocks)
 
 
 def count_leases_of_the_dead(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeaseShares, "are_tight", lambda self, session: True)
     patch.setattr(LeaseShares, "num_leasable", lambda self, session, starts, num_blocks: 0)
 
 
