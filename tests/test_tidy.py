@@ -33,6 +33,7 @@ PURE = (
     "engines/conductor/state.py",
     "engines/conductor/view.py",
     "kvstore/client/breaker.py",
+    "kvstore/client/conversation.py",
     "kvstore/client/machine.py",
     "kvstore/client/pieces.py",
     "kvstore/directory/presence.py",

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from snowskin.kvstore.client.conversation import Conversation, is_plain_release
 from snowskin.kvstore.client.door_connection import (
     MAX_DESCRIPTORS,
     RECV_NBYTES,
     connect_socket,
     map_granted,
 )
-from snowskin.kvstore.client.machine import Conversation, Move, is_plain_release
 from snowskin.kvstore.client.rpc_connection import METHODS, Landing, check_local, chunks
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
@@ -36,7 +36,8 @@ from snowskin.v1 import store_pb2, store_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from snowskin.kvstore.client.machine import Answer
+    from snowskin.kvstore.client.conversation import Answer
+    from snowskin.kvstore.client.machine import Move
 
 
 class _Renewing:
@@ -152,17 +153,20 @@ class BlockingDoorConnection:
                 ) from error
 
     def interrupt(self) -> None:
-        """Wakes the thread that waits for an answer, and lets no further piece land."""
+        """Lets no further piece land, and wakes the thread that waits for an answer.
+
+        In this order: when the node hears of the end, it gives our room to others.
+        """
+        self._transport.close()
         with contextlib.suppress(OSError):  # broken already
             self._door.shutdown(socket.SHUT_RDWR)
-        self._transport.close()
 
     def close(self) -> None:
         """Ends the session."""
         if self.connected:
             self.connected = False
-            self._door.close()
             self._transport.close()
+            self._door.close()
             self._board.close()
 
     def _renew(self, lease: Lease) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from snowskin.kvstore.client.machine import Conversation, Move, giving_back, is_plain_release
+from snowskin.kvstore.client.conversation import Conversation, giving_back, is_plain_release
 from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
@@ -29,6 +29,7 @@ from snowskin.transport.shm import ShmTransport
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    from snowskin.kvstore.client.machine import Move
     from snowskin.transport.copying import AttachedMemory
     from snowskin.transport.memory import MemoryRegion
 
@@ -341,8 +342,10 @@ class DoorConnection:
         log.debug("connection ended", node=self.node_id, reason=reason)
         self._loop.remove_reader(self._door.fileno())
         self._loop.remove_writer(self._door.fileno())
-        self._door.close()
+        # First the pools, which waits for a piece that is landing: when the node hears of the end, it gives our room
+        # to others.
         self._let_pools_go()
+        self._door.close()
         self._board.close()
         for call_id in list(self._waiting):
             lost = NodeUnavailable(

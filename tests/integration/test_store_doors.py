@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.client.machine import Conversation
+from snowskin.kvstore.client.conversation import Conversation
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.errors import BadRequest, ClientClosed, NodeUnavailable, TailUnknown
 from snowskin.kvstore.messages import Access, WakeReason
@@ -61,6 +61,35 @@ def baseline(node):
 @pytest.fixture
 def namespace(request):
     return namespace_of(hash(request.node.name) & 0xFFFF_FFFF_FFFF)
+
+
+def test_the_node_hears_of_the_end_only_when_no_store_can_land_any_more(
+    node, driver, baseline, monkeypatch
+):
+    # The node gives a session's room to others at once: a piece that is under way must have landed by then.
+    with connected(driver, node.door) as client:
+        connection = client._connection
+        door, let_go = connection._door, connection._transport.close
+        was_open = []
+
+        def closing() -> None:
+            was_open.append(is_open(door))
+            let_go()
+
+        monkeypatch.setattr(connection._transport, "close", closing)
+        client.close()
+        assert was_open[0], "the session ended while the pools were mapped"
+        assert not is_open(door)
+
+
+def is_open(door: socket.socket) -> bool:
+    """Whether neither side has ended the connection."""
+    try:
+        return bool(door.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def side_by_side(num_blocks, block_nbytes):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from snowskin.kvstore import errors
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.checksum import CHECKSUM_NBYTES
-from snowskin.kvstore.client.machine import Conversation
+from snowskin.kvstore.client.conversation import Conversation
 from snowskin.kvstore.extent import Extent
 from snowskin.kvstore.frames import HEADER_NBYTES, MAX_FRAME_NBYTES, FrameReader, frame
 from snowskin.kvstore.messages import (

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 
 from snowskin.kvstore.checksum import checksum
-from snowskin.kvstore.client.machine import (
-    Call,
-    Conversation,
-    Published,
-    PullBounds,
-    Pulled,
-    giving_back,
-)
+from snowskin.kvstore.client.conversation import Conversation, giving_back
+from snowskin.kvstore.client.machine import Call, Published, PullBounds, Pulled
 from snowskin.kvstore.errors import (
     BadRequest,
     ChecksumMismatch,

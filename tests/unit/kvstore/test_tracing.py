@@ -12,7 +12,7 @@ import pytest
 
 from snowskin.engines.conductor.daemon import ConductorSettings
 from snowskin.kvstore import tracing
-from snowskin.kvstore.client.machine import Conversation
+from snowskin.kvstore.client.conversation import Conversation
 from snowskin.kvstore.errors import BadSetting, PoolExhausted
 from snowskin.kvstore.messages import StatRequest
 from snowskin.kvstore.span_export import open_tracer
