@@ -204,6 +204,8 @@ def test_memory_is_what_the_control_group_leaves(host, group, verdict):
     )
     assert found.verdict == verdict, found
     assert "8.0 GiB wanted (pools 8GiB)" in found.found
+    has_limit = bool(group) and not {"max", NO_V1_LIMIT} & set(group.values())
+    assert ("control group" in found.found) == has_limit
 
 
 @pytest.mark.parametrize(("available", "verdict"), [(7, "fail"), (8, "warn"), (9, "ok")])
