@@ -37,15 +37,18 @@ async def outlast(work: Awaitable[T]) -> T:
     return task.result()
 
 
-async def ended(task: asyncio.Future[Any]) -> None:
-    """Waits until a task that was cancelled is over, however often its owner is cancelled meanwhile.
+async def ended(*tasks: asyncio.Future[Any]) -> None:
+    """Waits until tasks that were cancelled are over, however often their owner is cancelled meanwhile.
 
-    What became of it is nobody's business any more.
+    What became of them is nobody's business any more.
     """
-    if not task.done():
-        await outlast(asyncio.wait([task]))
-    if not task.cancelled():
-        task.exception()  # looked at, or asyncio complains of an error that nobody saw
+    try:
+        if not all(task.done() for task in tasks):
+            await outlast(asyncio.wait(tasks))
+    finally:
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio complains of an error that nobody saw
 
 
 class Background:

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from snowskin.engines.cancellation import ended
 from snowskin.kvstore.directory.view import DirectoryView, NodeKnowledge, Sync
 from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.kvstore.messages import Watched, WatchRequest
@@ -69,9 +70,11 @@ class Directory:
         tasks = [self._tasks.pop(each) for each in gone]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for address in gone:
-            self.view.forget(address)
+        try:
+            await ended(*tasks)
+        finally:
+            for address in gone:
+                self.view.forget(address)
         while self.view.sweep():  # noqa: ASYNC110  a piece at a time: requests come first
             await asyncio.sleep(0)
 

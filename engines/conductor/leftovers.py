@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from snowskin.engines.cancellation import ended
 from snowskin.engines.leftovers import Leftovers, leftovers_of
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import SnowskinError
@@ -54,7 +55,7 @@ class Sweeper:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await ended(*tasks)
 
     async def _sweep_one(self, address: str, namespace: bytes, left: Leftovers) -> None:
         try:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from snowskin.engines.cancellation import ended, outlast
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.client.guard import NodeGuard
@@ -177,7 +178,7 @@ class Nodes:
     async def keep_only(self, addresses: Collection[str]) -> None:
         """Lets go of nodes that no instance names any more."""
         for address in [each for each in self._nodes if each not in addresses]:
-            await self._drop(self._nodes.pop(address))
+            await outlast(self._drop(self._nodes.pop(address)))
 
     async def close(self) -> None:
         """Closes all connections, and ends attempts at them."""
@@ -326,7 +327,7 @@ class Nodes:
         await node.guard.close()
         if node.connecting is not None:
             node.connecting.cancel()
-            await asyncio.gather(node.connecting, return_exceptions=True)
+            await ended(node.connecting)
         if node.client is not None:
             client, node.client = node.client, None
             await client.close()

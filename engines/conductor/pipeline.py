@@ -12,6 +12,7 @@ import asyncio
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+from snowskin.engines.cancellation import ended
 from snowskin.engines.conductor.admission import check_number
 from snowskin.engines.conductor.errors import ConductorDraining, RequestRefused
 from snowskin.engines.conductor.leftovers import Sweeper
@@ -110,12 +111,14 @@ class Pipeline:
         finally:
             self._runs.discard(run)
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            state.on_request_ended(run.id, run.outcome)
-            if meter is not None:
-                meter.ended(run.outcome, run.report, run.error)
-            if not state.counts().num_running:
-                self._idle.set()
+            try:
+                await ended(task)
+            finally:  # also where the reader is cancelled just now: a job that is over is not counted
+                state.on_request_ended(run.id, run.outcome)
+                if meter is not None:
+                    meter.ended(run.outcome, run.report, run.error)
+                if not state.counts().num_running:
+                    self._idle.set()
 
     async def _traced(self, tracer: Tracer, run: Run) -> None:
         job = run.job

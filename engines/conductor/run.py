@@ -21,6 +21,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from snowskin.engines.cancellation import ended
 from snowskin.engines.conductor.errors import InstanceLost, RequestRefused, RequestTimedOut
 from snowskin.engines.conductor.job import (
     Event,
@@ -249,9 +250,11 @@ class Run:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if not attempt.is_read:
-                self._sweep(attempt)
+            try:
+                await ended(*tasks)
+            finally:
+                if not attempt.is_read:
+                    self._sweep(attempt)
 
     def _sweep(self, attempt: _Attempt) -> None:
         prepared = attempt.prepared
@@ -342,7 +345,7 @@ class Run:
             output = await reading
         finally:
             reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await ended(reading)
         while True:
             if output.token_ids:
                 await self._emit(Tokens(output.token_ids), output.token_ids)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from starlette.responses import Response
 
+from snowskin.engines.cancellation import ended
 from snowskin.kvstore.telemetry import bind_request, get_logger
 from snowskin.transport.errors import SnowskinError
 
@@ -48,7 +49,7 @@ async def while_connected(receive: Receive, work: Coroutine[None, None, _ResultT
     finally:
         task.cancel()
         gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await ended(task, gone)
 
 
 class EventStream(Response):
