@@ -86,7 +86,7 @@ def is_open(door: socket.socket) -> bool:
     """Whether neither side has ended the connection."""
     try:
         return bool(door.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except BlockingIOError:
+    except (BlockingIOError, TimeoutError):
         return True
     except OSError:
         return False
