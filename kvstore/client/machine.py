@@ -8,6 +8,7 @@ do, only in how they wait. Whatever ends a flow, its lease is given back.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -363,12 +364,21 @@ def discard(
 
 
 def _discard_run(settings: FlowSettings, request: MatchRequest) -> DiscardFlow:
-    asked = yield Call(request, settings.call_timeout_s)
-    matched = asked.reply
-    assert isinstance(matched, Matched), "the reply to a Match is Matched"
-    if matched.lease is not None:
-        yield Tell(ReleaseRequest(lease_ids=(matched.lease.id,)), matched.lease)
-    return matched.num_blocks
+    num_blocks = 0
+    while True:
+        asked = yield Call(request, settings.call_timeout_s)
+        matched = asked.reply
+        assert isinstance(matched, Matched), "the reply to a Match is Matched"
+        num_blocks += matched.num_blocks
+        if matched.lease is None:
+            return num_blocks
+        release = ReleaseRequest(lease_ids=(matched.lease.id,))
+        if not matched.num_blocks_withheld:
+            yield Tell(release, matched.lease)
+            return num_blocks
+        # What it withheld can be asked for when this has surely been heard.
+        yield Call(release, settings.call_timeout_s, matched.lease)
+        request = replace(request, keys=request.keys[matched.num_blocks :])
 
 
 def _pull(

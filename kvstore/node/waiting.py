@@ -150,15 +150,9 @@ class FairQueue(WaitingRoom):
         """Whose pools somebody waits for."""
         return list(self._turns)
 
-    def is_empty(self, tenant: str) -> bool:
-        """Whether nobody waits for this tenant's pool."""
-        return tenant not in self._turns
-
-    def next(self, tenant: str) -> WaitingCall | None:
-        """Whose turn it is."""
-        for calls in self._turns.get(tenant, {}).values():
-            return next(iter(calls))
-        return None
+    def heads(self, tenant: str) -> Iterator[WaitingCall]:
+        """The first call of each session, in the order of their turns."""
+        return (next(iter(calls)) for calls in self._turns.get(tenant, {}).values())
 
     def add(self, call: WaitingCall) -> None:
         """One more; a session that had none waits for one call of each of the others at most."""

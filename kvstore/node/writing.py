@@ -152,7 +152,7 @@ class Writing:
         """Answers now, or queues the call."""
         self._check_fits(session, request)
         # Nobody overtakes those who queue for the same pool.
-        is_first = self.waiting.is_empty(session.tenant)
+        is_first = self._whose_turn(session.tenant) is None
         reserved = self._try_reserve(session, request, now_s, may_place=is_first)
         if reserved is not None:
             return [Reply(session.id, call_id, reserved)]
@@ -177,7 +177,7 @@ class Writing:
         effects: list[Effect] = []
         for tenant in self.waiting.tenants():
             pool = self._residence.pool_of(tenant)
-            while (call := self.waiting.next(tenant)) and call.tried_at != pool.num_gains:
+            while (call := self._whose_turn(tenant)) and call.tried_at != pool.num_gains:
                 session = self._session_of(call)
                 assert isinstance(call.request, ReserveRequest)
                 try:
@@ -192,6 +192,16 @@ class Writing:
                 self.waiting.serve(call)
                 effects.append(Reply(call.session_id, call.call_id, reserved))
         return effects
+
+    def _whose_turn(self, tenant: str) -> WaitingCall | None:
+        """Whom to serve next; who needs what is in quarantine waits for its end, and holds up nobody meanwhile."""
+        pool = self._residence.pool_of(tenant)
+        limit_nbytes = pool.capacity_nbytes - pool.used_nbytes(Use.QUARANTINED)
+        for call in self.waiting.heads(tenant):
+            assert isinstance(call.request, ReserveRequest)
+            if _most_nbytes(call.request) <= limit_nbytes:
+                return call
+        return None
 
     def fail_overdue(self, now_s: float) -> list[Effect]:
         """Reservations whose deadline came before the room did; those behind them may fit."""
@@ -537,6 +547,11 @@ class Writing:
         self.unread.end(unread.id)
         if self._residence.is_here(unread.hold):  # a reader's lease over it still keeps its bytes
             self._residence.remove(unread.hold)
+
+
+def _most_nbytes(request: ReserveRequest) -> int:
+    """What a reservation needs if none of it is here."""
+    return request.tail.nbytes if request.tail else request.block_nbytes * len(request.keys)
 
 
 def _check_block_size(scope: Scope | None, block_nbytes: int) -> None:

@@ -25,6 +25,15 @@ def test_discarding_frees_what_is_there_and_reads_nothing(stage):
     stage.assert_nothing_is_held()
 
 
+def test_discarding_more_than_a_client_may_lease_at_once_frees_all_of_it():
+    stage = Stage(max_client_leased_ratio=0.25)
+    stage.run(stage.publish("a b c d e f", one_reader=True))
+    flow = machine.discard(SETTINGS, namespace=NAMESPACE, keys=column("a b c d e f"))
+    assert stage.run(flow) == 6
+    assert stage.node.books() == {"free": NUM_BLOCKS}
+    stage.assert_nothing_is_held()
+
+
 def test_discarding_takes_no_block_that_is_for_everybody(stage):
     stage.run(stage.publish("a b"))
     stage.run(machine.discard(SETTINGS, namespace=NAMESPACE, keys=column("a b")))

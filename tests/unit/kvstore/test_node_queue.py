@@ -246,3 +246,23 @@ def test_what_is_being_read_is_not_unread():
         node.reserve(writer, "x")
     node.release(reader, lease)
     node.reserve(writer, "x")
+
+
+# --- what quarantine leaves
+
+
+def test_who_needs_what_is_in_quarantine_waits_for_it_and_holds_up_nobody():
+    node = NodeDriver(blocks=4, write_lease_s=2, grace_s=1)
+    late, large, small = (node.session(name) for name in ("late", "large", "small"))
+    lease = lease_of(node.reserve(late, "a b"))
+    call = node.call(large, reserving("p q r", **WAITS))
+    behind = node.call(small, reserving("s", **WAITS))
+    node.wait(2.9)
+    assert node.answer(small, behind) is None
+    node.wait(0.1)
+    assert node.books() == {"free": 1, "quarantined": 2, "reserved": 1}
+    node.abort(small, lease_of(node.answer(small, behind)))
+    node.publish(small, "t")  # nor does it hold up who comes later
+    assert node.answer(large, call) is None
+    node.abort(late, lease)
+    assert isinstance(node.answer(large, call), Reserved)
