@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from snowskin.kvstore.client.machine import (
-    Call,
-    Conversation,
-    Done,
-    FlowSettings,
-    Move,
-    Step,
-    Tell,
-    giving_back,
-    is_plain_release,
-)
+from snowskin.kvstore.client.conversation import Conversation, giving_back, is_plain_release
+from snowskin.kvstore.client.machine import Call, Done, FlowSettings, Move, Step, Tell
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.messages import Access, Lease, Matched, RenewRequest, ReplyMessage, Request
 from snowskin.transport.errors import SnowskinError, TransferTimedOut

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from snowskin.kvstore.client.machine import giving_back
+from snowskin.kvstore.client.conversation import giving_back
 from snowskin.kvstore.errors import LeaseUnknown, NodeUnavailable
 from snowskin.kvstore.eviction.registry import make_eviction
 from snowskin.kvstore.frames import FrameReader, frame

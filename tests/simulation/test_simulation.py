@@ -5,6 +5,7 @@ A failure names the seed, and the command that shows its run step by step.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,11 +16,11 @@ import pytest
 
 from tests.simulation.plants import NAMED, OTHERS
 from tests.simulation.runs import RunSummary, replay_command, run_seed, run_seeds
-from tests.support.results import write_result
+from tests.support.results import VARIABLE, write_result
 
 HERE = Path(__file__).parent
 NUM_SEEDS, NUM_STEPS = 300, 500
-LONG_SEEDS, LONG_STEPS, LONG_S = 10_000, 2_000, 1_200.0
+LONG_SEEDS, LONG_STEPS, LONG_S = 10_000, 1_000, 1_200.0
 # What the runs must have come to, or they prove nothing of it.
 REACHED = (
     "answers that came too late",
@@ -127,6 +128,17 @@ def test_no_rule_is_broken_in_ten_thousand_worlds():
     )
     assert not summary.violations, told(summary)
     assert summary.num_seeds == LONG_SEEDS, f"only {summary.num_seeds} seeds in {seconds:.0f} s"
+
+
+def test_numbers_of_a_long_run_are_written_only_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert write_result("long", num_seeds=3) is None
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    path = write_result("long", num_seeds=3)
+    assert path == tmp_path / "long.json"
+    content = json.loads(path.read_text())
+    assert (content["test"], content["num_seeds"]) == ("long", 3)
+    assert content["host"]["num_cores"] >= 1
 
 
 # --- what it would find
