@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 SERVICE_NAME = "snowskin.v1.Engine"
 DEFAULT_TIMEOUT_S = 600.0  # for callers that name none
+START_TIMEOUT_S = 10.0  # for the first message of a stream, which is one of a bounded number
 
 T = TypeVar("T")
 log = get_logger(__name__)
@@ -159,7 +160,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         """Generates; the first message is `start`, the second `handoff`."""
         if self._decode is None:
             raise self._wrong_role("decode")
-        start = await _read_start(request_iterator)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                start = await _read_start(request_iterator)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"a Decode stream without its start for {START_TIMEOUT_S:.0f} s",
+                hint="send start as soon as the stream is open",
+            ) from None
         # Bounded by the answer's length: a caller that reads slowly delays nobody else.
         outputs: asyncio.Queue[DecodeOutput | None] = asyncio.Queue()
         work = asyncio.create_task(

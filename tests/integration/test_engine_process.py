@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from snowskin.engines import daemon
+from snowskin.engines import daemon, service
 from snowskin.engines.daemon import EngineSettings, serve_engine
 from snowskin.engines.errors import (
     BadPrompt,
@@ -271,8 +271,11 @@ async def test_bad_input_is_refused_with_its_own_error(changes, error):
         await engines.nothing_is_held()
 
 
-async def test_an_instance_refuses_the_other_role_and_a_stream_out_of_order():
+async def test_an_instance_refuses_the_other_role_and_a_stream_out_of_order(monkeypatch):
+    monkeypatch.setattr(service, "START_TIMEOUT_S", 0.05)
     async with pair() as engines:
+        with pytest.raises(DeadlineExceeded, match="without its start"):
+            await engines.run_decode()
         prompt = engines.prompt(prompt_tokens(9))
         with pytest.raises(BadRequest, match="decode instance"), translating("decode"):
             await engines.decode_stub.Prefill(engine_pb2.PrefillRequest(), timeout=5)
