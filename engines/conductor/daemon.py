@@ -179,11 +179,14 @@ class Conductor:
             known = {(each.instance_id, each.epoch) for each in instances}
             try:
                 await self.engines.close_all_but(known)
-                node_addresses = {each.node_address for each in instances}
-                await self.nodes.keep_only(node_addresses)
-                await self.directory.keep_only(node_addresses)
+                # Looked up each time: an instance that registered meanwhile has named its node once.
+                await self.nodes.keep_only(self._node_addresses())
+                await self.directory.keep_only(self._node_addresses())
             except Exception as error:
                 log.error("upkeep failed", error=repr(error), exc_info=error)
+
+    def _node_addresses(self) -> set[str]:
+        return {each.node_address for each in self.scheduler.view().instances}
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -74,7 +74,8 @@ class Directory:
             await ended(*tasks)
         finally:
             for address in gone:
-                self.view.forget(address)
+                if address not in self._tasks:  # else it was wanted again meanwhile, and goes on
+                    self.view.forget(address)
         while self.view.sweep():  # noqa: ASYNC110  a piece at a time: requests come first
             await asyncio.sleep(0)
 

@@ -160,6 +160,21 @@ async def test_a_node_that_nobody_names_is_let_go_and_forgotten(directory, node)
     directory.view.check()
 
 
+async def test_a_node_that_is_named_again_while_it_is_let_go_goes_on_from_there(directory, node):
+    directory.want("a")
+    node.say(FIRST)
+    await in_sync(directory)
+    letting_go = asyncio.create_task(directory.keep_only(()))
+    await asyncio.sleep(0)
+    directory.want("a")
+    await letting_go
+    await node.is_asked(2)
+    node.say(message(KEYS[2], sequence=6, held=KEYS[:3]))
+    await in_sync(directory)
+    assert directory.knowledge("a").num_astray == 0
+    directory.view.check()
+
+
 async def test_a_closed_directory_watches_nobody(directory, node):
     directory.want("a")
     await node.is_asked(1)
