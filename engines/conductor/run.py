@@ -209,10 +209,10 @@ class Run:
                     _Attempt(id=attempt_id, prepared=prepared, sampling=sampling)
                 )
             except _DecodeLost as lost:
+                finish_reason = self._reason_to_end()
+                if finish_reason:  # only the last word was lost
+                    return finish_reason
                 self._count_retry(Stage.DECODE, lost.error)
-            finish_reason = self._reason_to_end()
-            if finish_reason:  # only the last word was lost
-                return finish_reason
             attempt_id = f"{self.id}.r{num_attempts}"
             num_attempts += 1
             prepared = await self._prepare(attempt_id, self._max_tokens - len(self._emitted))
@@ -392,14 +392,16 @@ class Run:
             self._scheduler.state.on_failed(instance.instance_id, instance.epoch)
 
     def _count_retry(self, stage: Stage, error: SnowskinError) -> None:
-        if stage is Stage.PREFILL:
-            self.report.num_prefill_retries += 1
-            num_retries = self.report.num_prefill_retries
-        else:
-            self.report.num_decode_retries += 1
-            num_retries = self.report.num_decode_retries
-        if num_retries > self._limits.max_retries:
+        """Before a stage is tried again; raises `error` where that was often enough."""
+        report = self.report
+        is_prefill = stage is Stage.PREFILL
+        num_retries = report.num_prefill_retries if is_prefill else report.num_decode_retries
+        if num_retries >= self._limits.max_retries:
             raise error
+        if is_prefill:
+            report.num_prefill_retries += 1
+        else:
+            report.num_decode_retries += 1
 
     def _reason_to_end(self) -> str:
         """The finish reason that the emitted tokens give by themselves, or ""."""

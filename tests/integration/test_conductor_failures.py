@@ -114,6 +114,15 @@ async def test_retries_end_and_the_error_says_what_happened(model):
         assert "the fake is lost" in response.json()["error"]["message"]
         assert len(cluster["prefill-0"].prefills) == 3
         assert cluster.served.conductor.state.counts().num_failed == 1
+        scraped = (await cluster.http.get("/metrics")).text
+        assert 'snowskin_conductor_retries_total{stage="prefill"} 2.0' in scraped
+
+
+async def test_an_answer_whose_last_word_alone_was_lost_is_whole_and_no_retry(model):
+    async with cluster_of(model, decode=(["no end"],), max_retries=0) as cluster:
+        assert await answered(cluster) == TOKENS
+        scraped = (await cluster.http.get("/metrics")).text
+        assert 'snowskin_conductor_retries_total{stage="decode"} 0.0' in scraped
 
 
 async def test_an_engine_that_is_not_there_any_more_is_a_clear_error(model):
