@@ -93,40 +93,41 @@ class NodeLinks:
         """To the own node and to every other one that is known now."""
         return [self.own, *(other.link for other in self._others.values())]
 
-    def want(self, addresses: Iterable[str]) -> None:
-        """Begins to connect, so that the first request that names one of them need not wait."""
-        for address in addresses:
-            self._other(address)
-
     async def among(self, addresses: Iterable[str]) -> list[StoreLink]:
         """Links to nodes that can be asked now: the own one, then those of `addresses`, each once."""
         links = [self.own] if self.own.usable else []
         wanted = list(dict.fromkeys(addresses))
-        self.want(wanted)  # all at once: the waits below overlap
+        await self._first_connections(wanted)
         for address in wanted:
-            link = await self.at(address)
+            link = self._connected(address)
             if link is not None and link.usable and link not in links:
                 links.append(link)
         return links
 
     async def at(self, address: str) -> StoreLink | None:
         """The link to the node at `address`; None where it is not connected now."""
+        await self._first_connections([address])
+        return self._connected(address)
+
+    async def _first_connections(self, addresses: list[str]) -> None:
+        """Gives nodes that are named for the first time a moment to connect, one for all of them."""
+        others = [self._other(address) for address in addresses]
+        links = [other.link for other in others if other and not other.link.tried.is_set()]
+        try:
+            async with asyncio.timeout(FIRST_CONNECT_S):
+                for link in links:
+                    await link.tried.wait()
+        except TimeoutError:
+            for link in links:
+                link.tried.set()  # nobody else waits for it
+
+    def _connected(self, address: str) -> StoreLink | None:
         if not address or address == self.own_address:
             return self.own
-        other = self._other(address)
-        if other is None:
+        other = self._others.get(address)
+        if other is None or not other.link.connected:
             return None
-        link = other.link
-        if not link.connected:
-            try:
-                async with asyncio.timeout(FIRST_CONNECT_S):
-                    await link.tried.wait()
-            except TimeoutError:
-                log.warning("another node is not reached in time", node=address)
-                link.tried.set()  # nobody else waits for it
-        if not link.connected:
-            return None
-        return self.own if link.node_epoch == self.own.node_epoch else link
+        return self.own if other.link.node_epoch == self.own.node_epoch else other.link
 
     async def close(self) -> None:
         """Closes the links to other nodes; the own one belongs to whoever runs it."""

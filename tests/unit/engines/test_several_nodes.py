@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import pytest
 
+from snowskin.engines import nodes as nodes_module
 from snowskin.engines.model.sampler import SamplingParams
+from snowskin.engines.nodes import FIRST_CONNECT_S
 from tests.support.engine_bench import (
     BLOCK_SIZE,
     make_prompt,
@@ -97,3 +102,29 @@ async def test_another_node_that_restarts_is_connected_anew():
             assert answer.stats.num_recomputed_tokens == 0
             await first.crash()
             first.alive = True
+
+
+async def test_nodes_that_are_named_first_are_waited_for_once_and_together():
+    async def never():
+        await asyncio.Event().wait()
+
+    store = FakeStore()
+    async with open_bench(store.connect, connect_decode=never, wait=False) as bench:
+        await until(lambda: bench.prefill_link.connected)
+        nodes = bench.prefill._nodes
+        began_s = time.perf_counter()
+        assert await nodes.among(["node-1", "nowhere"]) == [bench.prefill_link]
+        assert time.perf_counter() - began_s < FIRST_CONNECT_S + 1.0
+        again = asyncio.create_task(nodes.among(["node-1", "nowhere"]))
+        for _ in range(3):  # turns of the loop: no timer has a part in it
+            await asyncio.sleep(0)
+        assert again.done()
+
+
+async def test_a_node_that_nobody_names_any_more_is_let_go(monkeypatch):
+    monkeypatch.setattr(nodes_module, "IDLE_S", 0.2)
+    first, second = FakeStore(), FakeStore()
+    async with open_bench(first.connect, connect_decode=second.connect) as bench:
+        assert len(await bench.prefill._nodes.among(["node-1"])) == 2
+        await until(lambda: bench.prefill._nodes.links == [bench.prefill_link])
+        await until(lambda: any(client.closed for client in second.clients))
