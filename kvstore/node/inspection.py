@@ -276,12 +276,14 @@ class Inspection:
     def revoke(self, lease_id: LeaseId, now_s: float) -> tuple[LeaseInfo, Outcome]:
         """Ends a lease's life now; what that means for others is in the outcome."""
         outcome = Outcome()
+        before = self.lease(lease_id, now_s)
         if self._reading.leases.run_out(lease_id, now_s) is None:
             write = self._writing.leases.run_out(lease_id, now_s)
             if write is not None:
                 outcome = self._writing.fence_if_mapped(write)
         info = self.lease(lease_id, now_s)
-        self._residence.counters["leases_revoked"] += 1
+        if info.state is not before.state:  # asked once more, it changes nothing
+            self._residence.counters["leases_revoked"] += 1
         return info, outcome
 
     def _is_of(self, client: str, session_id: SessionId) -> bool:

@@ -217,6 +217,7 @@ def test_a_revoked_reader_keeps_its_grace_and_no_more(node):
     node.wait(GRACE_S - 0.1)
     assert evict(node, "a").num_held == 1, "its bytes are there while it may still read"
     assert revoke(node, lease_id).seconds_left == pytest.approx(0.1), "once is enough"
+    assert node.state.stat().counters["leases_revoked"] == 1
     node.wait(0.1)
     assert leases(node) == ()
     assert evict(node, "a b").num_blocks == 2
