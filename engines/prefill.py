@@ -250,9 +250,10 @@ class PrefillInstance:
         while num_before < sequence.num_computed < num_blocks * block_size:
             num_before = sequence.num_computed
             for link in links:
+                is_first = sequence.num_computed == 0
                 if sequence.num_computed < num_blocks * block_size and link.usable:
                     await self._pull(link, sequence, keys, num_blocks, tally, budget)
-                if link is self._nodes.own and num_before == 0:
+                if link is self._nodes.own and is_first:
                     num_own = sequence.num_computed // block_size
             if len(links) == 1:
                 break

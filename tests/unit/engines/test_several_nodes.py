@@ -128,3 +128,22 @@ async def test_a_node_that_nobody_names_any_more_is_let_go(monkeypatch):
         assert len(await bench.prefill._nodes.among(["node-1"])) == 2
         await until(lambda: bench.prefill._nodes.links == [bench.prefill_link])
         await until(lambda: any(client.closed for client in second.clients))
+
+
+async def test_a_prefill_whose_own_node_is_back_in_the_middle_leaves_all_blocks_there():
+    first, second = FakeStore(), FakeStore()
+    async with open_bench(first.connect, connect_decode=second.connect) as bench:
+        token_ids = prompt_tokens(38)
+        prompt = make_prompt(token_ids)
+        await bench.run_prefill(prompt, GREEDY)
+        second.blocks, first.blocks = first.blocks, {}
+        links = bench.prefill._nodes
+        other = await links.at("node-1")
+
+        async def among(_addresses):
+            return [other, links.own]  # its own node was not usable when it began to look
+
+        links.among = among
+        response = await bench.run_prefill(prompt, GREEDY, request_id="again")
+        assert response.stats.num_cached_tokens == 36
+        assert {(prompt.namespace, key) for key in prompt.block_keys} <= set(first.blocks)
