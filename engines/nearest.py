@@ -37,10 +37,11 @@ async def connect_nearest(
         door = (await far.stat()).door
         if door.startswith(DOOR_PREFIX):
             near = await connect(door)
-        if near is not None and near.node_epoch == far.node_epoch:
-            log.debug("node is on this host", node=address, door=door)
-            await far.close()
-            return near
+            if near.node_epoch == far.node_epoch:
+                log.debug("node is on this host", node=address, door=door)
+                await far.close()
+                return near
+            await near.close()
     except SnowskinError as error:
         log.debug("node has no door here", node=address, error=str(error))
     except BaseException:
@@ -48,6 +49,4 @@ async def connect_nearest(
             if client is not None:
                 await client.close()
         raise
-    if near is not None:
-        await near.close()
     return far

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -86,3 +87,27 @@ async def test_an_address_that_is_a_door_is_taken_as_it_is(connects, tmp_path):
 async def test_a_node_that_does_not_answer_is_an_error(connects):
     with pytest.raises(NodeUnavailable):
         await connect_nearest("127.0.0.1:1", connects)
+
+
+async def test_who_is_cancelled_while_a_wrong_door_closes_leaves_no_connection(
+    connects, tmp_path, monkeypatch
+):
+    closing = asyncio.Event()
+    close = StoreClient.close
+
+    async def slow(client):
+        await close(client)
+        closing.set()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(StoreClient, "close", slow)
+    async with AsyncExitStack() as stack:
+        other = await stack.enter_async_context(with_door(tmp_path / "door"))
+        node = await stack.enter_async_context(served_node())
+        node.shell.state.door = other.shell.state.door
+        connecting = asyncio.create_task(connect_nearest(node.address, connects))
+        await closing.wait()
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        assert connecting.cancelled()
+        assert connects.open == []
