@@ -53,6 +53,8 @@ class Residence:
         self._max_extent_nbytes = max_extent_nbytes
         self._generation = 0
         self.num_for_one_reader = 0
+        self.on_unread_gone: Callable[[BlockEntry], None] = lambda entry: None
+        """Called when a block for one reader has left the index, whatever took it out."""
         self._touched: list[Sequence[BlockEntry]] = []
 
     def pool_of(self, tenant: str) -> Pool:
@@ -149,11 +151,12 @@ class Residence:
     def _evict(self, entry: BlockEntry) -> None:
         """Takes out what the policy does not know any more, or never knew."""
         self.index.remove(entry)
-        self.num_for_one_reader -= entry.one_reader
         self._free_committed(entry.segment, entry.offset)
         self.counters["blocks_evicted"] += 1
         if entry.one_reader:
+            self.num_for_one_reader -= 1
             self.counters["blocks_evicted_unread"] += 1
+            self.on_unread_gone(entry)
 
     def commit(
         self,
@@ -242,8 +245,10 @@ class Residence:
     def remove(self, entry: BlockEntry) -> None:
         """Takes a block out of the index; its bytes come back at once, or with the last lease over its segment."""
         self.index.remove(entry)
-        self.num_for_one_reader -= entry.one_reader
-        if not entry.one_reader:
+        if entry.one_reader:
+            self.num_for_one_reader -= 1
+            self.on_unread_gone(entry)
+        else:
             self._eviction.on_remove(entry.id)
         segment = entry.segment
         if segment.num_leases:

@@ -159,7 +159,7 @@ class NodeState:
         return not (
             any(table.num_of_session(session_id) for table in tables)
             or any(room.num_of_session(session_id) for room in rooms)
-            or self._writing.has_unread(session_id)
+            or self._writing.unread.num_of_session(session_id)
         )
 
     # --- requests
@@ -410,7 +410,7 @@ class NodeState:
             yield read.session_id, nbytes, read.expires_at_s
         for unread in self._writing.unread:
             segment = unread.hold.segment
-            if segment.pool_id == pool.id and self.residence.is_here(unread.hold):
+            if segment.pool_id == pool.id:
                 yield unread.session_id, segment.block_nbytes, unread.expires_at_s
 
 

@@ -10,7 +10,7 @@ is told which blocks became visible and which will not come (`Outcome`), for tho
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ from snowskin.kvstore.messages import (
 )
 from snowskin.kvstore.node.limits import MIN_RETRY_S
 from snowskin.kvstore.node.residence import TAIL_NAMESPACE, ByteRange
+from snowskin.kvstore.node.unread import UnreadBlocks
 from snowskin.kvstore.node.waiting import FairQueue, WaitingCall, WaitKey, check_may_wait
 from snowskin.kvstore.pool.pool import Use
 from snowskin.transport.errors import SnowskinError
@@ -134,13 +135,7 @@ class Writing:
         self.leases: LeaseTable[WriteHold] = LeaseTable(
             max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
         )
-        # A block for one reader that nobody fetched goes when this lease of its own runs out.
-        self.unread: LeaseTable[BlockEntry] = LeaseTable(
-            max_ttl_s=limits.write_lease_s, grace_s=limits.grace_s, max_life_s=limits.lease_life_s
-        )
-        # When each of them has been unread for long, in order.
-        self._unread_at: deque[tuple[float, LeaseId]] = deque()
-        self._long_unread: dict[LeaseId, None] = {}
+        self.unread = UnreadBlocks(residence, limits, next_lease_id=next_lease_id)
         self.waiting = FairQueue()
         self._reserved: Counter[WaitKey] = Counter()
 
@@ -169,7 +164,7 @@ class Writing:
         if is_first:
             call.tried_at = self._residence.pool_of(session.tenant).num_gains
         self.waiting.add(call)
-        self._note_long_unread(now_s)  # from now on each in its time, by `on_time`
+        self.unread.note_long(now_s)  # from now on each in its time, by `on_time`
         return []
 
     def serve_waiting(self, now_s: float) -> list[Effect]:
@@ -264,7 +259,7 @@ class Writing:
             len(missing),
             block_nbytes,
             near=near,
-            unread=lambda: self._unread_for_long(now_s),
+            unread=lambda: self.unread.for_long(now_s),
         )
         if segments is None:
             self._residence.unlease(parents)
@@ -358,10 +353,7 @@ class Writing:
             return False
         entry.committed_at_s = now_s
         if entry.one_reader:
-            unread = self.unread.grant(
-                self._next_lease_id(), lease.session_id, entry, ttl_s=0, now_s=now_s
-            )
-            self._unread_at.append((now_s + self._limits.unread_s, unread.id))
+            self.unread.leave(lease.session_id, entry, now_s)
         return True
 
     def abort(self, session: Session, call_id: int, request: AbortRequest) -> Outcome:
@@ -379,8 +371,7 @@ class Writing:
             self.waiting.remove(call)
         for lease in self.leases.of_session(session_id):
             self._end(lease, outcome)
-        for unread in self.unread.of_session(session_id):
-            self._drop_unread(unread)
+        self.unread.drop_of_session(session_id)
         return outcome
 
     def on_time(self, now_s: float) -> Outcome:
@@ -388,10 +379,8 @@ class Writing:
         outcome = Outcome()
         for lease in self.leases.expired(now_s):
             self._fence(lease, outcome)
-        for unread in self.unread.expired(now_s):
-            self._drop_unread(unread)
-            outcome.may_have_freed = True
-        if len(self.waiting) and self._note_long_unread(now_s):
+        outcome.may_have_freed |= self.unread.on_time(now_s)
+        if len(self.waiting) and self.unread.note_long(now_s):
             for pool in self._residence.pools.values():
                 pool.num_gains += 1
             outcome.may_have_freed = True
@@ -401,9 +390,8 @@ class Writing:
         """When something here can run out."""
         return [
             self.leases.next_check_s(),
-            self.unread.next_check_s(),
             self.waiting.next_deadline_s(),
-            self._unread_at[0][0] if self._unread_at and len(self.waiting) else None,
+            *self.unread.next_time_s(is_room_wanted=len(self.waiting) > 0),
         ]
 
     def writable(self, lease_id: LeaseId, now_s: float) -> WriteHold:
@@ -499,10 +487,6 @@ class Writing:
             if at not in self._reserved:
                 outcome.gone.append(at)
 
-    def has_unread(self, session_id: SessionId) -> bool:
-        """Whether this session has left blocks for one reader that are here still."""
-        return any(self._residence.is_here(u.hold) for u in self.unread.of_session(session_id))
-
     def _check_quarantine(self, session: Session) -> None:
         """Refuses more room to who has left too much of it in quarantine; others are not to blame."""
         pool = self._residence.pool_of(session.tenant)
@@ -523,30 +507,6 @@ class Writing:
                 hint="abort those reservations, or close the session and connect again",
                 retry_after_s=max(MIN_RETRY_S, self._limits.grace_s),
             )
-
-    def _note_long_unread(self, now_s: float) -> bool:
-        """Finds blocks for one reader that may be given up from now on; whether there are new ones."""
-        num_before = len(self._long_unread)
-        while self._unread_at and self._unread_at[0][0] <= now_s:
-            _, lease_id = self._unread_at.popleft()
-            if self.unread.get(lease_id) is not None:
-                self._long_unread[lease_id] = None
-        return len(self._long_unread) > num_before
-
-    def _unread_for_long(self, now_s: float) -> Iterator[BlockEntry]:
-        """Blocks for one reader whom nobody saw for long, the longest first."""
-        self._note_long_unread(now_s)
-        for lease_id in list(self._long_unread):
-            unread = self.unread.get(lease_id)
-            if unread is None or not self._residence.is_here(unread.hold):
-                del self._long_unread[lease_id]
-            else:
-                yield unread.hold
-
-    def _drop_unread(self, unread: GrantedLease[BlockEntry]) -> None:
-        self.unread.end(unread.id)
-        if self._residence.is_here(unread.hold):  # a reader's lease over it still keeps its bytes
-            self._residence.remove(unread.hold)
 
 
 def _most_nbytes(request: ReserveRequest) -> int:

@@ -266,3 +266,15 @@ def test_who_needs_what_is_in_quarantine_waits_for_it_and_holds_up_nobody():
     assert node.answer(large, call) is None
     node.abort(late, lease)
     assert isinstance(node.answer(large, call), Reserved)
+
+
+def test_nothing_is_kept_of_blocks_that_their_reader_has_read():
+    node = NodeDriver(blocks=2, write_lease_s=600, lease_life_s=600)
+    node.checks_books = False
+    writer, reader = node.session("writer"), node.session("reader")
+    for index in range(500):
+        node.publish(writer, f"s{index}", one_reader=True)
+        node.release(reader, lease_of(node.match(reader, f"s{index}")))
+    unread = node.state._writing.unread
+    assert (len(unread), len(list(unread)), len(unread._long_at)) == (0, 0, 1)
+    assert node.state.holds_nothing(writer.id)
