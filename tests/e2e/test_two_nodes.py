@@ -88,13 +88,11 @@ async def conductor_knows(conductor):
     """Returns once the conductor's directory has what the nodes have."""
 
     async def knows() -> bool:
-        return all(
-            node.stat is not None
-            and node.knowledge is not None
-            and node.knowledge.state == "in sync"
-            and node.knowledge.num_blocks == node.stat.num_blocks
-            for node in await conductor.nodes()
-        )
+        for node in await conductor.nodes():
+            known = node.knowledge
+            if known.state != "in sync" or known.num_blocks != await num_visible(node.address):
+                return False
+        return True
 
     await eventually(knows)
 
@@ -112,6 +110,14 @@ async def operating(address: str):
         yield admin_pb2_grpc.NodeAdminStub(channel)
     finally:
         await channel.close(None)
+
+
+async def num_visible(address: str) -> int:
+    """Blocks that anybody may match; a tail whose reader did not come is none."""
+    async with operating(address) as node:
+        listed = await node.ListBlocks(admin_pb2.ListBlocksRequest(page_size=1000), timeout=5)
+    assert not listed.next_page_token
+    return sum(not block.one_reader for block in listed.blocks)
 
 
 async def namespace_of(address: str) -> bytes:
@@ -217,10 +223,8 @@ async def test_what_dies_costs_little_where_somebody_else_has_it(sensitive_model
 async def kill_the_node_that_is_pulled_from(cluster, asker, chance: random.Random) -> None:
     conductor, victim = Conductor(cluster), "node-0"
     here, there = (node.address for node in cluster.nodes)
-    await engines_are_back(conductor, here)
     prefix = Prefix.drawn(chance, 160)
-    first = await asker.complete(prefix.prompt, NUM_TOKENS)
-    assert (await held(conductor, prefix))[here] == len(prefix.keys)
+    first = await published(asker, conductor, prefix, here)
     await copy(cluster, here, there, prefix.keys)
     await conductor_knows(conductor)
     asked = asyncio.create_task(asker.complete(prefix.prompt, NUM_TOKENS))
@@ -237,22 +241,19 @@ async def kill_the_node_that_is_pulled_from(cluster, asker, chance: random.Rando
     await conductor_knows(conductor)
 
 
-async def engines_are_back(conductor, address: str) -> None:
-    """Returns once a node that has started anew has both its engines' sessions, and the one of gRPC."""
-
-    async def are_back() -> bool:
-        stats = {node.address: node.stat for node in await conductor.nodes()}
-        stat = stats.get(address)
-        return stat is not None and stat.num_sessions >= 3
-
-    await eventually(are_back)
+async def published(asker, conductor, prefix: Prefix, address: str):
+    """An answer after which that node holds the whole prefix; before its engine's link is back it gets none of it."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            answer = await asker.complete(prefix.prompt, NUM_TOKENS)
+            if (await held(conductor, prefix))[address] == len(prefix.keys):
+                return answer
 
 
 async def kill_the_conductor(cluster, asker, chance: random.Random) -> None:
     conductor = Conductor(cluster)
-    await engines_are_back(conductor, cluster.nodes[0].address)
     prefix = Prefix.drawn(chance, 10)
-    first = await asker.complete(prefix.prompt, NUM_TOKENS)
+    first = await published(asker, conductor, prefix, cluster.nodes[0].address)
     await conductor_knows(conductor)
     before = {node.address: node.knowledge for node in await conductor.nodes()}
     cluster.kill("conductor")
