@@ -3,8 +3,8 @@
 Rules kept here: a request is the conductor's question and a whole prefill of a prompt that nobody has cached, so that
 the model computes the same with and without a store; what the model took is subtracted. *Before*: each request finds
 breakers that know of nothing. *After*: it finds them open. What is added is what requests with a fault took beyond
-those without it, p50 against p50 and p99 against p99: a busy host is no fault. The store is a process of its own, killed
-and stopped by signals, slowed down by a relay between it and the instance.
+those without it, p50 against p50 and p99 against p99: a busy host is no fault. The store is a process of its own,
+killed and stopped by signals, slowed down by a relay between it and the instance.
 """
 
 from __future__ import annotations
