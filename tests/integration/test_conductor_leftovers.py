@@ -30,8 +30,8 @@ def model(tmp_path_factory):
 class PublishingPrefill(FakeEngine):
     """Leaves at a node what a prefill instance would; its fake decode never reads it."""
 
-    def __init__(self, client: StoreClient) -> None:
-        super().__init__("prefill-0")
+    def __init__(self, client: StoreClient, script) -> None:
+        super().__init__("prefill-0", script)
         self._client = client
         self._buffer = client.register(np.ones(4 * SHAPE.block_nbytes, dtype=np.uint8))
         self.has_published = asyncio.Event()
@@ -60,15 +60,28 @@ class PublishingPrefill(FakeEngine):
         return await super().Prefill(request, context)
 
 
+class LaterDecode(FakeEngine):
+    """Does what its script says once there is something to leave; a prefill frees what comes later itself."""
+
+    def __init__(self, script, has_published: asyncio.Event) -> None:
+        super().__init__("decode-0", script)
+        self._has_published = has_published
+
+    async def Decode(self, requests, context):  # noqa: N802
+        await self._has_published.wait()
+        async for response in super().Decode(requests, context):
+            yield response
+
+
 @contextlib.asynccontextmanager
-async def cluster_over_a_node(model, decode):
-    """A conductor, a prefill that publishes to a real node, and a fake decode with this script."""
+async def cluster_over_a_node(model, decode, prefill=()):
+    """A conductor, a prefill that publishes to a real node, and a fake decode, with these scripts."""
     async with (
         running(serve_node, NodeSettings, dram_nbytes=4 << 20, grace_s=0.0) as role,
         await StoreClient.connect(role.facts["door"], client_name="prefill-0") as client,
     ):
-        prefill = PublishingPrefill(client)
-        engines = [prefill, FakeEngine("decode-0", decode)]
+        publisher = PublishingPrefill(client, prefill)
+        engines = [publisher, LaterDecode(decode, publisher.has_published)]
         async with conducting(model, engines) as cluster:
             for engine in engines:
                 await cluster.registrar.register(engine, node_address=role.facts["address"])
@@ -77,7 +90,7 @@ async def cluster_over_a_node(model, decode):
                 return (await client.stat()).pools[0].free_nbytes
 
             cluster.free_nbytes = free_nbytes
-            cluster.has_published = prefill.has_published
+            cluster.has_published = publisher.has_published
             yield cluster
 
 
@@ -112,10 +125,18 @@ async def test_a_user_who_hangs_up_before_decode_has_read_leaves_no_unread_block
 
 
 @pytest.mark.parametrize(
-    ("decode", "status"), [("refuse", 400), ("full", 429), ("lost", 503), ("lost after 2", 503)]
+    ("prefill", "decode", "status"),
+    [
+        # Decode fails when all is published, and before the hand-off, or after it.
+        *(("hang", "refuse", 400), ("hang", "full", 429), ("hang", "lost", 503)),
+        ("ok", "lost after 2", 503),
+    ],
 )
-async def test_an_attempt_whose_decode_failed_leaves_no_unread_block(model, decode, status):
-    async with cluster_over_a_node(model, [decode]) as cluster:  # there is no other one to take it
+async def test_an_attempt_whose_decode_failed_leaves_no_unread_block(
+    model, prefill, decode, status
+):
+    # There is no other decode to take it.
+    async with cluster_over_a_node(model, [decode], [prefill]) as cluster:
         empty_nbytes = await cluster.free_nbytes()
         assert await whole(cluster, headers=OFF) == status
         await freed(cluster, empty_nbytes)
