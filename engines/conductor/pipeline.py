@@ -1,14 +1,15 @@
 """The jobs that are under way: takes them in, counts them, waits for them when the process drains.
 
 Rules kept here: whoever is one too many is told so before anything is done for it; a job is counted
-from its arrival to its end, whatever the end is; two jobs that run at the same time never have the
-same internal id, whatever their users called them; leaving the block of `run` ends the job and
+from its arrival to its end, whatever the end is; no two jobs have the same internal id, here or at
+another conductor, whatever their users called them; leaving the block of `run` ends the job and
 everything that it held.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ class Pipeline:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        self._num_namesakes = 0
+        self._mark = secrets.token_hex(4)  # of this conductor's start
+        self._num_runs = 0
         self._num_in_intake = 0
         self._runs: set[Run] = set()
         self._sweeper = Sweeper(scheduler.nodes)
@@ -124,7 +126,7 @@ class Pipeline:
         job = run.job
         waited_s = self._clock.now_s() - job.arrived_at_s
         with tracer.beginning(
-            "request", job.traceparent, job.tracestate, request_id=run.id, intake_s=waited_s
+            "request", job.traceparent, job.tracestate, request_id=job.request_id, intake_s=waited_s
         ) as span:
             try:
                 await run.work()
@@ -187,8 +189,10 @@ class Pipeline:
             raise error
 
     def _internal_id(self, request_id: str) -> str:
-        """The user's id, or one of its own where that is running already: tails are named by it."""
-        if not self.scheduler.state.is_running(request_id):
-            return request_id
-        self._num_namesakes += 1
-        return f"{request_id}.n{self._num_namesakes}"
+        """The user's id, made unique: tails are named by it, and a reader must find its own.
+
+        Users give one id to several requests: a retry, while what the first one left is freed, or
+        side by side, here and at another conductor over the same nodes.
+        """
+        self._num_runs += 1
+        return f"{request_id}.{self._mark}.{self._num_runs}"

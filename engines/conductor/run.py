@@ -95,7 +95,7 @@ class Run:
     """One job under way.
 
     Attributes:
-        id: the job's, unless a job of the same id was running; names it to the instances.
+        id: the job's, made unique; names it to the instances.
         report: what it cost so far.
         outcome: how it ended, or how it will have ended if it is left now.
         error: why it was not finished.

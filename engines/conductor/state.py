@@ -151,10 +151,6 @@ class ConductorState:
         """Requests in flight."""
         return len(self._running)
 
-    def is_running(self, request_id: str) -> bool:
-        """Whether a request of this id is in flight."""
-        return request_id in self._running
-
     def on_placed(self, request_id: str, placement: Placement) -> None:
         """A stage was given to an instance."""
         self._num_placements[placement.stage] += 1

@@ -86,18 +86,21 @@ async def test_a_replay_counts_tokens_once_and_has_an_id_of_its_own(model):
         assert body["usage"]["completion_tokens"] == NUM_TOKENS
         assert body["snowskin"]["num_decode_retries"] == 1
         prefills = [each for at in (0, 1) for each in cluster[f"prefill-{at}"].prefills]
-        assert [each.request_id for each in prefills] == ["mine", "mine.r1"]
+        first_id = prefills[0].request_id
+        assert first_id.startswith("mine.")
+        assert [each.request_id for each in prefills] == [first_id, f"{first_id}.r1"]
         assert tokens_of(prefills[1].prompt) == [*PROMPT.encode(), *TOKENS[:8]]
         assert prefills[1].sampling.max_tokens == NUM_TOKENS - 8
-        assert cluster["decode-1"].starts[0].request_id == "mine.r1"
+        assert cluster["decode-1"].starts[0].request_id == f"{first_id}.r1"
 
 
 async def test_a_lost_prefill_is_retried_under_the_id_that_decode_waits_for(model):
     async with cluster_of(model, prefill=(["lost"], [])) as cluster:
         assert await answered(cluster, headers={"x-request-id": "mine"}) == TOKENS
         ids = [each.request_id for at in (0, 1) for each in cluster[f"prefill-{at}"].prefills]
-        assert ids == ["mine", "mine"]
-        assert [each.request_id for each in cluster["decode-0"].starts] == ["mine"]
+        assert len(ids) == 2
+        assert len(set(ids)) == 1
+        assert [each.request_id for each in cluster["decode-0"].starts] == ids[:1]
 
 
 async def test_retries_end_and_the_error_says_what_happened(model):

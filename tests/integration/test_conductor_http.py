@@ -229,6 +229,15 @@ async def test_concurrent_requests_of_one_id_have_tails_of_their_own(model):
         assert len(set(ids)) == 4
 
 
+async def test_requests_of_one_id_at_two_conductors_have_tails_of_their_own(model):
+    headers = {"x-request-id": "same"}
+    async with conducting(model, pair()) as one, conducting(model, pair()) as other:
+        for cluster in (one, other, one):
+            await cluster.complete("hello", max_tokens=5, headers=headers)
+        ids = [each.request_id for at in (one, other) for each in at["prefill-0"].prefills]
+    assert len(set(ids)) == 3
+
+
 # --- refusals
 
 
