@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.errors import LeaseShareExceeded, LimitExceeded
-from snowskin.kvstore.messages import MatchRequest, ReleaseRequest, RenewRequest
+from snowskin.kvstore.messages import Lease, MatchRequest, ReleaseRequest, RenewRequest
 from snowskin.kvstore.node.daemon import NodeSettings, make_shell
 from snowskin.kvstore.node.peers import PeerSessions
 from snowskin.kvstore.rpc import CLIENT_HEADER
@@ -145,11 +147,12 @@ def test_what_a_reader_has_left_on_its_board_is_no_lease_any_more(node, driver):
         assert node.stat().counters.get("matches_cut", 0) == before
 
 
-def hold(client, number: int, num_blocks: int) -> int:
+def hold(client, number: int, num_blocks: int) -> Lease:
     """Leases blocks and keeps them; the lease."""
     match = MatchRequest(namespaces=(NAMESPACE,), keys=keys_of(number, num_blocks))
     call = client._connection.call
-    return call(match, timeout_s=5.0, lease=None, request_id="").lease
+    lease: Lease = call(match, timeout_s=5.0, lease=None, request_id="").lease
+    return lease
 
 
 def release(client, lease) -> None:
@@ -174,7 +177,7 @@ def test_callers_by_grpc_are_clients_of_their_own(node):
             hold(first, 23, 1)
         assert f"first {16 * MIB} bytes" in str(caught.value)
         assert f"second {16 * MIB} bytes" in str(caught.value)
-        assert caught.value.retry_after_s > 0
+        assert caught.value.retry_after_s
         release(first, leases[0])
         release(first, hold(first, 23, 1))
         release(second, leases[1])
@@ -207,18 +210,10 @@ def test_a_lease_belongs_to_who_proves_it_whatever_it_calls_itself(node):
 # --- how many there may be
 
 
-class Caller:
+def calling(address: str, name: str = "") -> Any:
     """What a servicer's context says of who calls."""
-
-    def __init__(self, address: str, name: str = "") -> None:
-        self._address = address
-        self._name = name
-
-    def peer(self) -> str:
-        return self._address
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return ((CLIENT_HEADER, self._name),) if self._name else ()
+    metadata = ((CLIENT_HEADER, name),) if name else ()
+    return SimpleNamespace(peer=lambda: address, invocation_metadata=lambda: metadata)
 
 
 @pytest.fixture
@@ -230,10 +225,10 @@ async def shell():
 
 async def test_a_name_is_one_client_of_its_host_and_a_nameless_one_is_its_connection(shell):
     peers = PeerSessions(shell, lambda call_id, reply: None)
-    first = peers.caller(Caller("ipv4:10.0.0.1:4000", "a"))
-    assert peers.caller(Caller("ipv4:10.0.0.1:4001", "a")) == first
+    first = peers.caller(calling("ipv4:10.0.0.1:4000", "a"))
+    assert peers.caller(calling("ipv4:10.0.0.1:4001", "a")) == first
     others = [("ipv4:10.0.0.2:4000", "a"), ("ipv4:10.0.0.1:4000", "b"), ("ipv4:10.0.0.1:4000", "")]
-    sessions = {peers.caller(Caller(*other)) for other in (*others, ("ipv4:10.0.0.1:4001", ""))}
+    sessions = {peers.caller(calling(*other)) for other in (*others, ("ipv4:10.0.0.1:4001", ""))}
     assert len(sessions | {first, peers.common}) == 6
     names = {session.client_name for session in shell.state.sessions}
     assert names == {"grpc", "a", "b", "ipv4:10.0.0.1:4000", "ipv4:10.0.0.1:4001"}
@@ -247,26 +242,26 @@ async def test_clients_that_hold_nothing_make_room_and_beyond_the_bound_newcomer
     shell,
 ):
     peers = PeerSessions(shell, lambda call_id, reply: None, max_peers=2)
-    holder = peers.caller(Caller("ipv4:1.1.1.1:1", "holder"))
+    holder = peers.caller(calling("ipv4:1.1.1.1:1", "holder"))
     match = MatchRequest(
         namespaces=(NAMESPACE,), keys=keys_of(1, 1), wait_blocks=1, timeout_s=PATIENCE_S
     )
     shell.request(holder, 1, match)
-    peers.caller(Caller("ipv4:1.1.1.1:1", "idle"))
-    second = peers.caller(Caller("ipv4:1.1.1.1:1", "second"))
+    peers.caller(calling("ipv4:1.1.1.1:1", "idle"))
+    second = peers.caller(calling("ipv4:1.1.1.1:1", "second"))
     shell.request(second, 2, match)
     with pytest.raises(LimitExceeded, match="2 clients") as caught:
-        peers.caller(Caller("ipv4:1.1.1.1:1", "third"))
+        peers.caller(calling("ipv4:1.1.1.1:1", "third"))
     assert caught.value.retry_after_s
     shell.cancel(holder, 1)
-    assert peers.caller(Caller("ipv4:1.1.1.1:1", "third")) not in (holder, second)
+    assert peers.caller(calling("ipv4:1.1.1.1:1", "third")) not in (holder, second)
     peers.close()
 
 
 async def test_a_session_whose_last_lease_ran_out_ends_by_itself(shell, monkeypatch):
     monkeypatch.setattr("snowskin.kvstore.node.peers.LOOK_S", 0.01)
     peers = PeerSessions(shell, lambda call_id, reply: None)
-    peers.caller(Caller("ipv4:1.1.1.1:1", "a"))
+    peers.caller(calling("ipv4:1.1.1.1:1", "a"))
     ended = asyncio.Event()
     monkeypatch.setattr(shell, "end_session", lambda session: ended.set())
     async with asyncio.timeout(5):

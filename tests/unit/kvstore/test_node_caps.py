@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from snowskin.kvstore.errors import BadSetting, LeaseShareExceeded, QuarantineShareExceeded
@@ -16,10 +18,10 @@ from tests.support.node_driver import (
     reserving,
 )
 
-HALF_AND_QUARTER = {"max_leased_ratio": 0.5, "max_client_leased_ratio": 0.25}
+HALF_AND_QUARTER: dict[str, Any] = {"max_leased_ratio": 0.5, "max_client_leased_ratio": 0.25}
 
 
-def make_node(blocks: int = 16, **limits: float) -> NodeDriver:
+def make_node(blocks: int = 16, **limits: Any) -> NodeDriver:
     return NodeDriver(blocks=blocks, max_extent_nbytes=2 * BLOCK, **(HALF_AND_QUARTER | limits))
 
 

@@ -10,21 +10,21 @@ from snowskin.kvstore.node.residence import Residence
 from snowskin.kvstore.node.writing import Writing
 from tests.support.node_driver import NodeDriver, lease_of, matching, reserving
 
-WAITS = {"timeout_s": 60.0}
+WAIT_S = 60.0
 
 
 class Crowd:
     """A pool of one block, held by its owner, and clients that queue for it."""
 
-    def __init__(self, **limits: int) -> None:
-        self.node = NodeDriver(blocks=1, **limits)
+    def __init__(self) -> None:
+        self.node = NodeDriver(blocks=1)
         self.owner = self.node.session("owner")
         self.lease = lease_of(self.node.reserve(self.owner, "o"))
         self.calls: dict[tuple, str] = {}
 
     def queue(self, session, *names: str):
         for name in names:
-            call_id = self.node.call(session, reserving(name, **WAITS))
+            call_id = self.node.call(session, reserving(name, timeout_s=WAIT_S))
             self.calls[session.id, call_id] = name
         return session
 
@@ -40,7 +40,9 @@ class Crowd:
             reserved = self.node.answers.pop(asked)
             assert isinstance(reserved, Reserved)
             served.append(self.calls.pop(asked))
-            self.node.abort(self.node.state.sessions.get(asked[0]), lease_of(reserved))
+            session = self.node.state.sessions.get(asked[0])
+            assert session is not None
+            self.node.abort(session, lease_of(reserved))
 
 
 def test_clients_are_served_in_turn_and_each_in_the_order_of_asking():
@@ -67,6 +69,7 @@ def test_who_comes_back_after_its_turn_stands_behind_all_who_wait():
     assert crowd.calls.pop(asked) == "a"
     crowd.node.answers.pop(asked)
     crowd.queue(first, "d")
+    assert isinstance(reserved, Reserved)
     crowd.owner, crowd.lease = first, lease_of(reserved)
     assert crowd.order() == "b d c"
 
@@ -75,7 +78,7 @@ def test_who_comes_back_after_its_turn_stands_behind_all_who_wait():
 def test_who_leaves_before_its_turn_costs_nobody_a_turn(how):
     crowd = Crowd()
     leaver = crowd.node.session("leaver")
-    call = crowd.node.call(leaver, reserving("x", **WAITS))
+    call = crowd.node.call(leaver, reserving("x", timeout_s=WAIT_S))
     crowd.queue(crowd.node.session("a"), "a0", "a1")
     crowd.queue(crowd.node.session("b"), "b0")
     if how == "cancelled":
@@ -90,8 +93,8 @@ def test_whose_turn_it_is_nobody_overtakes_with_less():
     owner, large, small = (node.session(name) for name in ("owner", "large", "small"))
     lease = lease_of(node.reserve(owner, "a b c"))
     calls = [
-        node.call(large, reserving("p q", **WAITS)),
-        node.call(small, reserving("r", **WAITS)),
+        node.call(large, reserving("p q", timeout_s=WAIT_S)),
+        node.call(small, reserving("r", timeout_s=WAIT_S)),
     ]
     assert node.answer(small, calls[1]) is None  # it would fit
     node.abort(owner, lease)
@@ -106,10 +109,10 @@ def test_one_client_fills_half_of_the_queue_and_no_more():
     greedy, modest = node.session("greedy"), node.session("modest")
     node.reserve(greedy, "o")
     for i in range(4):
-        node.call(greedy, reserving(f"g{i}", **WAITS))
+        node.call(greedy, reserving(f"g{i}", timeout_s=WAIT_S))
     with pytest.raises(LimitExceeded, match="4 of them of 'greedy'"):
-        node.ask(greedy, reserving("x", **WAITS), Reserved)
-    node.call(modest, reserving("m", **WAITS))
+        node.ask(greedy, reserving("x", timeout_s=WAIT_S), Reserved)
+    node.call(modest, reserving("m", timeout_s=WAIT_S))
     for i in range(4):
         node.call(greedy, matching(f"w{i}", wait_blocks=1, timeout_s=60))
     with pytest.raises(LimitExceeded, match="4 matches wait already, 4 of them"):
@@ -125,8 +128,8 @@ def test_nothing_is_tried_again_while_nothing_has_changed(monkeypatch):
     node.publish(client, "a b")
     held = lease_of(node.match(client, "a b"))
     owned = lease_of(node.reserve(other, "o"))
-    waiting = node.call(client, reserving("x y", **WAITS))
-    behind = node.call(other, reserving("z", **WAITS))
+    waiting = node.call(client, reserving("x y", timeout_s=WAIT_S))
+    behind = node.call(other, reserving("z", timeout_s=WAIT_S))
     tries = []
     real = Writing._try_reserve
 
@@ -187,7 +190,7 @@ def test_a_block_unread_for_as_long_as_a_reader_may_hold_it_makes_room():
     node.publish(writer, "s", one_reader=True)
     node.wait(2)
     node.publish(writer, "t", one_reader=True)
-    call = node.call(client, reserving("x", **WAITS))
+    call = node.call(client, reserving("x", timeout_s=WAIT_S))
     node.wait(2.9)
     assert node.answer(client, call) is None
     node.wait(0.1)
@@ -202,7 +205,7 @@ def test_who_queues_behind_blocks_that_are_unread_for_long_already_wakes_nobody_
     node.publish(writer, "s", one_reader=True)
     lease = lease_of(node.reserve(writer, "o"))
     node.wait(6)
-    call = node.call(client, reserving("x y", **WAITS))
+    call = node.call(client, reserving("x y", timeout_s=WAIT_S))
     due_s = node.state.next_time_s()
     assert due_s is not None
     assert due_s > node.now_s
@@ -255,13 +258,15 @@ def test_who_needs_what_is_in_quarantine_waits_for_it_and_holds_up_nobody():
     node = NodeDriver(blocks=4, write_lease_s=2, grace_s=1)
     late, large, small = (node.session(name) for name in ("late", "large", "small"))
     lease = lease_of(node.reserve(late, "a b"))
-    call = node.call(large, reserving("p q r", **WAITS))
-    behind = node.call(small, reserving("s", **WAITS))
+    call = node.call(large, reserving("p q r", timeout_s=WAIT_S))
+    behind = node.call(small, reserving("s", timeout_s=WAIT_S))
     node.wait(2.9)
     assert node.answer(small, behind) is None
     node.wait(0.1)
     assert node.books() == {"free": 1, "quarantined": 2, "reserved": 1}
-    node.abort(small, lease_of(node.answer(small, behind)))
+    served = node.answer(small, behind)
+    assert isinstance(served, Reserved)
+    node.abort(small, lease_of(served))
     node.publish(small, "t")  # nor does it hold up who comes later
     assert node.answer(large, call) is None
     node.abort(late, lease)
