@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ SEED = 20250121
 NUM_TOKENS = 64
 NUM_EACH = 6
 # From nearly greedy to so hot that the first token, which prefill draws, is often not the likeliest.
-WAYS = [
+WAYS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9},
     {"temperature": 2.0, "top_p": 1.0},
     {"temperature": 2.0, "top_p": 1.0, "top_k": 3},

@@ -37,7 +37,7 @@ def up(model, tmp_path_factory):
         process.resume_all()
 
 
-async def placed_on(up: UpProcess, request_id: str, stage: str) -> str:
+async def placed_on(up: UpProcess, request_id: str, stage: str):
     """The instance that a request under way was given to, as the conductor's log says."""
 
     def look() -> str:

@@ -374,9 +374,12 @@ async def test_a_passed_limit_is_a_429_with_its_reason_and_retry_after(model):
 async def test_one_request_too_many_is_refused_before_it_is_read_into_tokens(model, monkeypatch):
     async with conducting(model, pair(prefill=["hang"]), max_requests=1) as cluster:
         encoded = []
-        monkeypatch.setattr(
-            Tokenizer, "encode", lambda _self, text, **_options: encoded.append(text) or [1, 2]
-        )
+
+        def encode(_self, text, **_options):
+            encoded.append(text)
+            return [1, 2]
+
+        monkeypatch.setattr(Tokenizer, "encode", encode)
         hanging = asyncio.create_task(cluster.complete("the first"))
         await cluster["prefill-0"].busy.wait()
         flood = [cluster.complete("one more", stream=index % 2 == 0) for index in range(20)]

@@ -89,14 +89,12 @@ async def cluster_over_a_node(model, decode, prefill=()):
             async def free_nbytes():
                 return (await client.stat()).pools[0].free_nbytes
 
-            cluster.free_nbytes = free_nbytes
-            cluster.has_published = publisher.has_published
-            yield cluster
+            yield cluster, free_nbytes, publisher.has_published
 
 
-async def freed(cluster, wanted_nbytes):
+async def freed(free_nbytes, wanted_nbytes):
     async with asyncio.timeout(5):
-        while await cluster.free_nbytes() != wanted_nbytes:  # noqa: ASYNC110  another's memory
+        while await free_nbytes() != wanted_nbytes:  # noqa: ASYNC110  another's memory
             await asyncio.sleep(0.005)
 
 
@@ -112,16 +110,16 @@ OFF = {"x-snowskin-cache": "off"}
 async def test_a_user_who_hangs_up_before_decode_has_read_leaves_no_unread_block(
     model, headers, num_kept
 ):
-    async with cluster_over_a_node(model, ["hang"]) as cluster:
-        empty_nbytes = await cluster.free_nbytes()
+    async with cluster_over_a_node(model, ["hang"]) as (cluster, free_nbytes, has_published):
+        empty_nbytes = await free_nbytes()
         asking = asyncio.create_task(whole(cluster, headers=headers))
         async with asyncio.timeout(5):
-            await cluster.has_published.wait()
+            await has_published.wait()
             await cluster["decode-0"].busy.wait()
-        assert await cluster.free_nbytes() == empty_nbytes - 3 * SHAPE.block_nbytes
+        assert await free_nbytes() == empty_nbytes - 3 * SHAPE.block_nbytes
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        await freed(cluster, empty_nbytes - num_kept * SHAPE.block_nbytes)
+        await freed(free_nbytes, empty_nbytes - num_kept * SHAPE.block_nbytes)
 
 
 @pytest.mark.parametrize(
@@ -136,17 +134,17 @@ async def test_an_attempt_whose_decode_failed_leaves_no_unread_block(
     model, prefill, decode, status
 ):
     # There is no other decode to take it.
-    async with cluster_over_a_node(model, [decode], [prefill]) as cluster:
-        empty_nbytes = await cluster.free_nbytes()
+    async with cluster_over_a_node(model, [decode], [prefill]) as (cluster, free_nbytes, _):
+        empty_nbytes = await free_nbytes()
         assert await whole(cluster, headers=OFF) == status
-        await freed(cluster, empty_nbytes)
+        await freed(free_nbytes, empty_nbytes)
 
 
 async def test_an_attempt_that_decode_finished_is_not_swept(model):
     """It was read; where it was not, as by this fake, the node's own lease is what ends it."""
-    async with cluster_over_a_node(model, []) as cluster:
-        empty_nbytes = await cluster.free_nbytes()
+    async with cluster_over_a_node(model, []) as (cluster, free_nbytes, _):
+        empty_nbytes = await free_nbytes()
         response = await cluster.complete(PROMPT, max_tokens=9, stream=True, headers=OFF)
         assert events_of(response.text)[-1] == "[DONE]"
         await until(lambda: cluster["decode-0"].num_active == 0)
-        assert await cluster.free_nbytes() < empty_nbytes
+        assert await free_nbytes() < empty_nbytes

@@ -79,8 +79,9 @@ async def test_kv_of_qwen_models_goes_through_a_node_token_for_token(architectur
                 assert tokens == straight(prompt, sampling, architecture=architecture)
                 assert answer.stats.num_recomputed_tokens == 0
                 assert answer.stats.num_blocks_pulled == num_tokens // BLOCK_SIZE
-            # The second one found the prompt that the first one left, and pulled it.
-            assert response.stats.num_cached_tokens == (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+                if sampling is not GREEDY:  # it found what the first one left, and pulled it
+                    num_cached = (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+                    assert response.stats.num_cached_tokens == num_cached
         assert bench.all_free()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,6 +14,9 @@ from snowskin.kvstore.messages import Matched, MatchRequest
 from snowskin.kvstore.rpc import CLIENT_HEADER, open_channel, translating
 from snowskin.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 from tests.support.served_node import BLOCK, NAMESPACE, key_of, served_node
+
+if TYPE_CHECKING:
+    from snowskin.transport.errors import SnowskinError
 
 
 @pytest.fixture
@@ -102,7 +106,7 @@ async def test_a_token_that_the_node_did_not_give_for_these_filters_is_refused(n
     assert len((await ask("ListBlocks", page_token=token)).blocks) == 8
 
 
-SENSELESS = [
+SENSELESS: list[tuple[str, dict[str, Any], type[SnowskinError]]] = [
     ("ListBlocks", {"namespace": b"short"}, NamespaceMismatch),
     ("ListBlocks", {"key_prefix": bytes(65)}, BadRequest),
     ("ListBlocks", {"page_size": 1001}, LimitExceeded),

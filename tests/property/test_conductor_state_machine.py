@@ -133,7 +133,7 @@ class ConductorBooks(RuleBasedStateMachine):
             self._place(f"s{self.num_names}", placement)
 
     def _place(self, name: str, placement: Placement) -> None:
-        assert self.known[placement.instance_id], "only who is known is given work"
+        assert placement.instance_id in self.known, "only who is known is given work"
         self.state.on_placed(name, placement)
         self.known[placement.instance_id].placed[name, placement.stage] = placement
 

@@ -20,7 +20,7 @@ class OperatedMachine(NodeMachine):
     def protected_holds(self):
         return [*self.open_reads(), *(w for w in self.open_writes() if self.is_known(w))]
 
-    def is_known(self, hold) -> bool:
+    def is_known(self, hold):
         return hold.is_protected(self.node.now_s, self.grace_s)
 
     @precondition(lambda self: self.protected_holds())

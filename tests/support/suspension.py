@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import types
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def _driven(
             # A future says that it is awaited by a flag that the task looks at; it was passed on unchanged.
             yield waited
         except BaseException as error:  # noqa: BLE001  thrown in by the task: the work's to handle
-            send = lambda error=error: work.throw(error)  # noqa: E731
+            send = partial(work.throw, error)
         else:
-            send = lambda: work.send(None)  # noqa: E731
+            send = partial(work.send, None)
 
 
 async def cancelled_at(

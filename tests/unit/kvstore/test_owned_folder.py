@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -78,6 +79,7 @@ def test_an_owner_whose_folder_a_sweeper_took_before_it_was_locked_makes_another
 
     def swept_first(path):
         fd = real(path)
+        assert fd is not None
         if len(swept) < 2:  # as if the sweeper had come between the file and its lock
             swept.append(path)
             os.unlink(path / LOCK_NAME)
@@ -94,7 +96,7 @@ def test_an_owner_whose_folder_a_sweeper_took_before_it_was_locked_makes_another
 
 
 async def test_a_node_without_a_door_sweeps_what_a_killed_one_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(daemon.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dead = tmp_path / f"{daemon.FOLDER_PREFIX}dead"
     dead.mkdir()
     (dead / LOCK_NAME).touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -87,8 +88,9 @@ def test_an_answer_of_one_token_has_no_tbt():
 
 def test_a_spread_adds_its_readers_and_the_goal_that_every_node_holds_the_document():
     asked = turns((4, 4), (0.3, 4), (0.3, 4))
-    for num_holding, missed in ((2, []), (1, ["nodes that hold the document"])):
-        spread = Spread(answers=(answer(0.5), answer(0.7)), num_holding=num_holding, num_nodes=2)
+    spread = Spread(answers=(answer(0.5), answer(0.7)), num_holding=2, num_nodes=2)
+    for num_holding, missed in ((1, ["nodes that hold the document"]), (2, [])):
+        spread = replace(spread, num_holding=num_holding)
         report = make_report(asked, num_wrong=0, num_rounding=0, spread=spread)
         assert [row.name for row in report.missed] == missed
         readers = [row for row in report.rows if "reader" in row.name]

@@ -11,6 +11,7 @@ import itertools
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -204,7 +205,7 @@ class Town:
 def crowd(policy: str, seed: int) -> Town:
     town = Town(policy, seed)
     for index in range(NUM_CONVERSATIONS):
-        town.at(town.chance.uniform(0.0, 1.0), lambda index=index: town.talk(index))
+        town.at(town.chance.uniform(0.0, 1.0), partial(town.talk, index))
     return town
 
 

@@ -16,7 +16,7 @@ from tests.support.clusters import load, registration
 def conductor(monkeypatch):
     """Nothing is opened: nodes are watched by a stream that says nothing."""
     monkeypatch.setattr(daemon, "UPKEEP_INTERVAL_S", 0.0)
-    made = Conductor(ConductorSettings(model="none"), model=None)
+    made = Conductor(ConductorSettings(model="none"), model=None)  # type: ignore[arg-type]  # of no use here
 
     async def silence(_address, _request):
         await asyncio.Event().wait()
