@@ -22,7 +22,7 @@ from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.client.guard import NodeGuard
 from snowskin.kvstore.client.machine import PullBounds
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
-from snowskin.kvstore.telemetry import get_logger
+from snowskin.kvstore.telemetry import bound_request, get_logger
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class StoreLink:
                 local_offsets=self._offsets(block_ids),
                 one_reader=one_reader,
                 timeout_s=timeout_s,
-                request_id=request_id,
+                request_id=bound_request() or request_id,
             )
 
     async def publish_tail(self, block_id: int, *, timeout_s: float, request_id: str) -> Published:
@@ -185,7 +185,7 @@ class StoreLink:
                 local_offset=block_id * self.block_nbytes,
                 nbytes=self.block_nbytes,
                 timeout_s=timeout_s,
-                request_id=request_id,
+                request_id=bound_request() or request_id,
             )
 
     async def pull(
@@ -206,7 +206,7 @@ class StoreLink:
             budget: of the request, for the look-up; None: as much as one request may lose.
             waiting: waits for the first block; without it the answer is what is committed now.
             timeout_s: for the copy.
-            request_id: for logs.
+            request_id: for logs, where their context has bound none.
 
         Returns:
             What came, or None where `waiting.until` was done before the node found anything.
@@ -234,7 +234,7 @@ class StoreLink:
                     move_timeout_s=timeout_s,
                     on_found=on_found,
                 ),
-                request_id=request_id,
+                request_id=bound_request() or request_id,
             )
             if waiting is None:
                 pulled = await call
@@ -272,7 +272,7 @@ class StoreLink:
                     move_timeout_s=timeout_s,
                     on_found=asking.answered,
                 ),
-                request_id=request_id,
+                request_id=bound_request() or request_id,
             )
 
     async def discard(
@@ -293,7 +293,10 @@ class StoreLink:
         async def discarded() -> None:
             with self._watched(connection, waits_s=math.inf):
                 await connection.client.discard(
-                    namespace=self.namespace, keys=keys, tail_id=tail_id, request_id=request_id
+                    namespace=self.namespace,
+                    keys=keys,
+                    tail_id=tail_id,
+                    request_id=bound_request() or request_id,
                 )
 
         await outlast(self.while_answering(discarded(), budget or self.new_budget()))

@@ -157,6 +157,11 @@ def bind_request(request_id: str) -> Iterator[None]:
         yield
 
 
+def bound_request() -> str:
+    """The id that `bind_request` has put on lines of this context; "" where it has not."""
+    return str(structlog.contextvars.get_contextvars().get("request_id", ""))
+
+
 class _QuietServer(uvicorn.Server):
     """uvicorn without signal handlers, which starts and stops by events instead of looking ten times a second."""
 

@@ -375,9 +375,7 @@ async def test_a_traced_requests_calls_are_in_the_nodes_log_too(seen):
     assert "call answered" in seen.lines("node-0", FIRST)
     assert seen.lines("node-0", UNTRACED) == []
     traced = [line for lines in seen.logs.values() for line in lines if "trace_id" in line]
-    # A node has the id that names tails: the user's, made unique.
-    first = {line["trace_id"] for line in traced if line["request_id"].startswith(f"{FIRST}.")}
-    assert first == {CALLER[3:35]}
+    assert {line["trace_id"] for line in traced if line["request_id"] == FIRST} == {CALLER[3:35]}
 
 
 async def test_a_line_tells_what_the_answer_told(seen):
