@@ -170,8 +170,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             ) from None
         # Bounded by the answer's length: a caller that reads slowly delays nobody else.
         outputs: asyncio.Queue[DecodeOutput | None] = asyncio.Queue()
+        left_s = context.time_remaining()
+        timeout_s = DEFAULT_TIMEOUT_S if left_s is None else left_s
         work = asyncio.create_task(
-            self._run_decode(self._decode, start, request_iterator, outputs),
+            self._run_decode(self._decode, start, request_iterator, outputs, timeout_s),
             name=f"decode {start.request_id}",
         )
         self._decodes.add(work)
@@ -235,12 +237,13 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         start: DecodeStart,
         requests: AsyncIterator[engine_pb2.DecodeRequest],
         outputs: asyncio.Queue[DecodeOutput | None],
+        timeout_s: float,
     ) -> None:
         handoff: asyncio.Future[Handoff] = asyncio.get_running_loop().create_future()
         reading = asyncio.create_task(_read_handoff(requests, handoff))
         emit: Emit = outputs.put
         try:
-            await _within(decode.decode(start, handoff, emit), DEFAULT_TIMEOUT_S)
+            await _within(decode.decode(start, handoff, emit), timeout_s)
         finally:
             reading.cancel()
             await outlast(asyncio.wait([reading]))

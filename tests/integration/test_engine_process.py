@@ -295,6 +295,16 @@ async def test_a_prefill_that_takes_too_long_ends_with_its_deadline():
         await engines.nothing_is_held()
 
 
+async def test_a_decode_has_as_long_as_its_caller_gives_it(monkeypatch):
+    async with pair() as engines:
+        monkeypatch.setattr("snowskin.engines.service.DEFAULT_TIMEOUT_S", 0.001)
+        prompt = engines.prompt(prompt_tokens(30))
+        prefilled = await engines.run_prefill(prompt)
+        handoff = engine_pb2.DecodeRequest(handoff=prefilled.handoff)
+        outputs = await engines.run_decode(start_of(prompt), handoff, timeout_s=20.0)
+        assert outputs[-1].finish_reason == "length"
+
+
 @pytest.mark.parametrize("num_outputs", [0, 1, 4])
 async def test_a_caller_that_goes_away_frees_everything(num_outputs):
     async with pair() as engines:
