@@ -1,6 +1,7 @@
 """`kvctl`: the administrator's command line.
 
-Rules kept here: it asks and shows, and needs neither torch nor a model. A command is a file of this folder.
+Rules kept here: it asks and shows, takes away only by a command that says so, and needs neither torch nor a model. A
+command is a file of this folder.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Examples:
 @options(KvctlSettings, table="kvctl")
 @click.pass_context
 def cli(ctx: click.Context, settings: KvctlSettings) -> None:
-    """Looks into a running Snowskin cluster through its conductor."""
+    """Looks into a running Snowskin cluster, and takes away what an operator names."""
     ctx.obj = settings
 
 
