@@ -194,14 +194,19 @@ def hold_until(is_over: threading.Event, store, keys: KeyColumn, tell) -> int:
     """Matches, renews until `is_over`, compares every byte, releases; the number of renewals."""
     column = common_pb2.KeyColumn(packed=keys.packed, width=keys.width)
     wanted = store_pb2.MatchRequest(namespaces=[HELD], keys=column)
+    asked_at_s = time.monotonic()
     matched = store.Match(wanted, timeout=5.0)
     tell(matched.num_blocks)
     ref = common_pb2.LeaseRef(id=matched.lease.id, capability=matched.lease.capability)
+    ttl_s = matched.lease.ttl_ms / 1e3
     for num_renewals in itertools.count():
-        if is_over.wait(matched.lease.ttl_ms / 5e3):
+        if is_over.wait(ttl_s / 5):
             break
+        before_s, asked_at_s = asked_at_s, time.monotonic()
         renewed = store.Renew(store_pb2.RenewRequest(leases=[ref]), timeout=5.0)
-        assert renewed.ttl_ms[0] > 0, f"the lease was gone after {num_renewals} renewals"
+        # The node counts from when it was asked; what was asked for in time must be given.
+        took_s = time.monotonic() - before_s
+        assert renewed.ttl_ms[0] > 0, f"gone after {num_renewals} renewals, {took_s:.2f} s apart"
     chunks = store.Read(store_pb2.ReadRequest(lease=ref), timeout=30.0)
     assert b"".join(chunk.data for chunk in chunks) == random_bytes(NUM_HELD, 7)
     store.Release(store_pb2.ReleaseRequest(leases=[ref]), timeout=5.0)
