@@ -204,7 +204,8 @@ class NodeAdminService(admin_pb2_grpc.NodeAdminServicer):
     async def _evict_keys(
         self, namespaces: Sequence[bytes], keys: Sequence[bytes], dry_run: bool
     ) -> AsyncIterator[Evicted]:
-        num_keys = PIECE_KEYS if dry_run else EVICT_PIECE
+        num_blocks = PIECE_KEYS if dry_run else EVICT_PIECE
+        num_keys = max(1, num_blocks // max(1, len(namespaces)))  # a key may be in every shard
         for start in range(0, len(keys), num_keys):
             yield self._shell.evict(namespaces, keys[start : start + num_keys], dry_run=dry_run)
             await asyncio.sleep(0)

@@ -11,6 +11,7 @@ import pytest
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.errors import BadRequest, LeaseUnknown, LimitExceeded, NamespaceMismatch
 from snowskin.kvstore.messages import Matched, MatchRequest
+from snowskin.kvstore.node import admin
 from snowskin.kvstore.rpc import CLIENT_HEADER, open_channel, translating
 from snowskin.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 from tests.support.served_node import BLOCK, NAMESPACE, key_of, served_node
@@ -203,3 +204,20 @@ async def test_large_lists_and_evictions_let_others_in_between(node):
     turns, evicted = await turns_during(node.admin.Evict(everything, NobodysContext()))
     assert (turns >= 17, evicted.num_blocks, evicted.nbytes) == (True, 8202, 8202 * BLOCK)
     assert not node.keys
+
+
+async def test_keys_that_may_be_in_many_shards_are_evicted_in_smaller_pieces(node, monkeypatch):
+    namespaces = [bytes([number]) * 32 for number in range(64)]
+    monkeypatch.setattr(admin, "shards", lambda _index, _tenant: [NAMESPACE, *namespaces])
+    evict, num_looked_at = node.shell.evict, []
+
+    def watched(namespaces, keys, *, dry_run):
+        num_looked_at.append(len(namespaces) * len(keys))
+        return evict(namespaces, keys, dry_run=dry_run)
+
+    monkeypatch.setattr(node.shell, "evict", watched)
+    keys = KeyColumn.of([key_of(number) for number in range(600)])
+    column = common_pb2.KeyColumn(packed=keys.packed, width=keys.width)
+    evicted = await node.admin.Evict(admin_pb2.EvictRequest(keys=column), NobodysContext())
+    assert (evicted.num_blocks, evicted.num_unknown) == (10, 590)
+    assert max(num_looked_at) <= admin.EVICT_PIECE
