@@ -203,8 +203,8 @@ async def test_a_round(wide, baseline, monolith, seed):
     for victim in killed:
         await wide.restarted(victim, old_pids[victim], RESTART_S)
     await wide.settled()
-    # An instance may have met a node or an instance that it had not met before.
-    await wide.settles_at(baseline, SETTLE_S, num_spare_fds=len(wide.names))
+    num_meetings = len(wide.engines) * (len(wide.node_addresses) - 1)
+    await wide.settles_at(baseline, SETTLE_S, num_meetings=num_meetings)
     asked = chosen.asked[0]
     for use_cache in (True, False):
         answer = await wide.ask(asked.prompt, asked.num_tokens, use_cache=use_cache)

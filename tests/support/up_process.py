@@ -57,6 +57,8 @@ END_S = 30.0
 LOOK_S = 0.02
 REQUEST_S = 60.0
 CAUGHT_LOOK_S = 0.001
+# What a client has of a node's memory: a pool and a release board, each as descriptor and as mapping.
+MEMFDS_PER_NODE = 4
 
 _HTTP = re.compile(r"http://(\S+)/v1")
 _CONDUCTOR = re.compile(r"conductor: (\S+)")
@@ -94,12 +96,35 @@ class Held:
     num_fds: dict[str, int]
     num_memfds: dict[str, int]
 
-    def kept_to(self, before: Held, num_spare_fds: int = 0) -> bool:
-        """Whether everything is as it was, but for so many more descriptors a process."""
-        fds = all(
-            self.num_fds.get(name, 0) <= num + num_spare_fds for name, num in before.num_fds.items()
+    def kept_to(self, before: Held, *, num_meetings: int = 0) -> bool:
+        """Whether everything is as it was, but for connections of engines to nodes new to them.
+
+        Args:
+            before: what it was.
+            num_meetings: how many such connections there may be since, each with a session and its memory.
+        """
+        spare_fds = 2 * num_meetings
+        at_most = [
+            (self.num_fds, before.num_fds, spare_fds),
+            (self.num_memfds, before.num_memfds, MEMFDS_PER_NODE if num_meetings else 0),
+        ]
+        few_enough = all(
+            now.get(name, 0) <= num + spare
+            for now, then, spare in at_most
+            for name, num in then.items()
         )
-        return fds and dataclasses.replace(self, num_fds=before.num_fds) == before
+        num_met = self.num_sessions - before.num_sessions
+        return (
+            few_enough
+            and 0 <= num_met <= num_meetings
+            and dataclasses.replace(
+                self,
+                num_fds=before.num_fds,
+                num_memfds=before.num_memfds,
+                num_sessions=before.num_sessions,
+            )
+            == before
+        )
 
 
 @dataclass(kw_only=True)
@@ -440,7 +465,7 @@ class UpProcess:
 
         return await eventually(is_idle, within_s, "every instance is ready and idle")
 
-    async def settles_at(self, before: Held, within_s: float, *, num_spare_fds: int = 0) -> None:
+    async def settles_at(self, before: Held, within_s: float, *, num_meetings: int = 0) -> None:
         """Fails unless the cluster comes to hold again what it held before."""
         now: Held | None = None
 
@@ -448,7 +473,7 @@ class UpProcess:
             nonlocal now
             with contextlib.suppress(SnowskinError):
                 now = await self.held()
-                return now.kept_to(before, num_spare_fds)
+                return now.kept_to(before, num_meetings=num_meetings)
             return False
 
         try:
