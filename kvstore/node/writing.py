@@ -163,8 +163,8 @@ class Writing:
         )
         if is_first:
             call.tried_at = self._residence.pool_of(session.tenant).num_gains
+            self.unread.note_long(now_s)  # from now on each in its time, by `on_time`
         self.waiting.add(call)
-        self.unread.note_long(now_s)  # from now on each in its time, by `on_time`
         return []
 
     def serve_waiting(self, now_s: float) -> list[Effect]:

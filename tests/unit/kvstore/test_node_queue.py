@@ -213,6 +213,17 @@ def test_who_queues_behind_blocks_that_are_unread_for_long_already_wakes_nobody_
     assert isinstance(node.answer(client, call), Reserved)
 
 
+def test_who_joins_the_queue_takes_from_nobody_the_news_that_a_block_is_unread_for_long():
+    node = NodeDriver(blocks=1, read_lease_s=5, write_lease_s=60)
+    writer, first, second = (node.session(name) for name in ("writer", "first", "second"))
+    node.publish(writer, "s", one_reader=True)
+    call = node.call(first, reserving("x", timeout_s=WAIT_S))
+    node.now_s += 5.1  # the node is busy, and has not looked at its clock yet
+    node.call(second, reserving("y", timeout_s=WAIT_S))
+    node.take(node.state.on_time(node.now_s))
+    assert isinstance(node.answer(first, call), Reserved)
+
+
 def test_unread_blocks_go_last_and_only_as_many_as_are_needed():
     node = NodeDriver(blocks=4, read_lease_s=5)
     writer = node.session("writer")
