@@ -102,6 +102,7 @@ class NodeGuard:
         self._name = name
         self._probe = probe
         self._checking: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def usable(self) -> bool:
@@ -178,7 +179,8 @@ class NodeGuard:
         self.breaker.on_connected()
 
     async def close(self) -> None:
-        """Ends looking at the node."""
+        """Ends looking at the node for good; what is late from now on is nobody's business."""
+        self._closed = True
         checking, self._checking = self._checking, None
         if checking is not None:
             checking.cancel()
@@ -188,6 +190,8 @@ class NodeGuard:
         """A call was given up after `timeout_s` seconds; None where it had bounds of its own."""
         now_s = time.monotonic()
         self.num_late += 1
+        if self._closed:
+            return
         if timeout_s is not None:
             lag_s = now_s - began_at_s - timeout_s
             if lag_s > max(OWN_LAG_S, timeout_s):

@@ -201,3 +201,15 @@ async def test_closing_it_ends_the_looking(guard, node):
     await guard.close()
     assert guard._checking is None
     await guard.close()
+
+
+async def test_a_call_that_is_late_behind_the_close_begins_no_looking_that_nobody_would_end(
+    guard, node
+):
+    with contextlib.suppress(DeadlineExceeded), guard.asking() as asking:
+        await guard.close()
+        asking.began_at_s = time.monotonic() - asking.timeout_s
+        raise DeadlineExceeded("late")
+    assert guard._checking is None
+    assert not guard.breaker.is_suspect
+    assert node.num_probes == 0
