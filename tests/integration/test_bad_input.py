@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from snowskin.kvstore import errors
 from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.client import machine
+from snowskin.kvstore.client import conversation
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import (
     AbortRequest,
@@ -408,17 +408,71 @@ def test_a_frame_that_never_ends_holds_nothing_once_its_sender_is_gone(node):
             door.send(data)
 
 
+# Ways to be cut off with the pools still mapped, and what is said to it.
+CUT_OFF = {
+    "a broken frame": (lambda door: door.send(as_frame(0xFFFF_FFFF)), "the limit is"),
+    "a second hello": (lambda door: door.say(HELLO), "hello came twice"),
+    "nobody to answer": (lambda door: (door.read_no_more(), door.say(STAT)), ""),
+}
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("how", CUT_OFF)
+def test_where_a_client_that_was_cut_off_may_still_write_is_nobodys_until_it_closes(node, how):
+    def blocks(first, count, **changes):
+        return reserve(keys_of(4, 8)[first : first + count], block_nbytes=MIB, **changes)
+
+    def ask(request):
+        return other._connection.call(request, timeout_s=5.0, lease=None, request_id="")
+
+    cut_off, words = CUT_OFF[how]
+    data = np.full(MIB, 7, np.uint8)
+    with connected("blocking", node.door) as other, RawDoor(node.door) as door:
+        door.hello(maps=True)
+        runs = door.ask(2, blocks(0, 3)).reserve.runs
+        cut_off(door)
+        if words:
+            assert words in str(door.error())
+        assert door.response() is None
+        door.say(STAT)  # says what nobody hears
+        eventually(lambda: node.held().quarantined_nbytes == 3 * MIB, 5.0)
+        assert (node.held().free_nbytes, node.held().reserved_nbytes) == (MIB, 0)
+
+        local = other.register(data)
+        call = {"namespace": NAMESPACE, "keys": keys_of(5, 1), "local": local}
+        call |= {"block_nbytes": MIB, "local_offsets": [0]}
+        other.publish(**call, one_reader=True)
+        assert door.pool is not None
+        for run in runs:  # a copy that is late
+            start, nbytes = run.extent.offset, run.extent.nbytes
+            door.pool[start : start + nbytes] = b"\xff" * nbytes
+        data[:] = 0
+        assert other.pull(**call).num_blocks == 1
+        assert (data == 7).all(), "the late copy landed in another client's block"
+        with pytest.raises(errors.PoolExhausted, match="raw 3145728 bytes"):
+            ask(blocks(4, 2))
+
+        door.__exit__()
+        assert ask(AbortRequest(lease_id=ask(blocks(0, 4, timeout_s=5.0)).lease.id))
+    door.pool.close()
+
+
 def test_answers_that_nobody_reads_do_not_pile_up(node):
+    def is_fenced():
+        return node.held().quarantined_nbytes == 4000
+
     with RawDoor(node.door) as door:
         door.hello()
+        assert door.ask(2, reserve()).reserve.runs, "it has room, which it keeps"
         payload = STAT.SerializeToString()
         data = as_frame(len(payload), payload) * 1000
         # An answer has over 100 bytes: long before these are all out, the limit of 16 MiB is passed.
-        for _ in range(400):
+        for number in range(400):
             door.send(data)
-            if door.ended:
+            if number % 20 == 0 and is_fenced():
                 break
-        assert door.ended
+        assert is_fenced()
+        assert not door.ended, "what it says is taken, and not heard"
 
 
 async def test_who_does_not_say_hello_is_not_waited_for(tmp_path):
@@ -443,7 +497,7 @@ async def test_who_does_not_say_hello_is_not_waited_for(tmp_path):
 
 
 def test_another_wire_version_is_named(driver, node, monkeypatch):
-    monkeypatch.setattr(machine, "WIRE_VERSION", 2)
+    monkeypatch.setattr(conversation, "WIRE_VERSION", 2)
     with (
         pytest.raises(errors.WireVersionMismatch, match="wire version 2") as caught,
         connected(driver, node.door),
