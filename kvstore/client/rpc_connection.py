@@ -7,7 +7,10 @@ piece and are checked as they land, as on the fast path.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
+
+import grpc.aio
 
 from snowskin.kvstore.errors import NodeUnavailable, ProtocolViolation
 from snowskin.kvstore.rpc import call_metadata, header_text, open_channel, translating
@@ -19,8 +22,6 @@ from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-
-    import grpc.aio
 
     from snowskin.kvstore.client.machine import Move
     from snowskin.kvstore.messages import Lease, ReplyMessage, Request
@@ -161,15 +162,10 @@ class RpcConnection:
         name, message = request_to(request, lease.capability if lease else b"")
         method = getattr(self._stub, METHODS[name])
         metadata = call_metadata(request_id, client=self._client)
-        call = method(message, timeout=timeout_s, metadata=metadata)
         # Cancelling cancels the call on the node too; a lease that it had just granted has then no holder and runs
         # out: gRPC cannot say which of the two happened.
-        try:
-            with translating(f"node {self.address}"):
-                response = await call
-        except asyncio.CancelledError:
-            self._raise_if_closed_under_a_call()
-            raise
+        with self._translating():
+            response = await method(message, timeout=timeout_s, metadata=metadata)
         return reply_from(name, response, self.node_id)
 
     def tell(self, request: Request, *, lease: Lease, request_id: str) -> None:
@@ -184,25 +180,21 @@ class RpcConnection:
         """Streams bytes through the slow path."""
         check_local(step)
         metadata = call_metadata(request_id)
-        try:
-            with translating(f"node {self.address}"):
-                if step.is_push:
-                    await self._stub.Write(
-                        _as_stream(chunks(step)), timeout=step.timeout_s, metadata=metadata
-                    )
-                    return
-                landing = Landing(step)
-                stream = self._stub.Read(landing.request, timeout=step.timeout_s, metadata=metadata)
-                try:
-                    async for chunk in stream:
-                        landing.land(chunk)
-                except BaseException:
-                    stream.cancel()
-                    raise
-                landing.finish()
-        except asyncio.CancelledError:
-            self._raise_if_closed_under_a_call()
-            raise
+        with self._translating():
+            if step.is_push:
+                await self._stub.Write(
+                    _as_stream(chunks(step)), timeout=step.timeout_s, metadata=metadata
+                )
+                return
+            landing = Landing(step)
+            stream = self._stub.Read(landing.request, timeout=step.timeout_s, metadata=metadata)
+            try:
+                async for chunk in stream:
+                    landing.land(chunk)
+            except BaseException:
+                stream.cancel()
+                raise
+            landing.finish()
 
     async def close(self) -> None:
         """Waits for what is being told, then closes the channel."""
@@ -215,11 +207,20 @@ class RpcConnection:
         finally:
             await self._channel.close(None)
 
-    def _raise_if_closed_under_a_call(self) -> None:
-        """A channel that closes cancels its calls; their callers were not cancelled."""
-        task = asyncio.current_task()
-        if not self._open and (task is None or not task.cancelling()):
-            raise NodeUnavailable(f"the channel to {self.address} was closed during the call")
+    @contextlib.contextmanager
+    def _translating(self) -> Iterator[None]:
+        """A block that makes a call; one whose channel was closed before or under it has lost the node."""
+        try:
+            with translating(f"node {self.address}"):
+                yield
+        except (asyncio.CancelledError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            # A channel that closes cancels its calls, whose callers were not cancelled; a closed one takes none.
+            task = asyncio.current_task()
+            if self._open or (task is not None and task.cancelling()):
+                raise
+            raise NodeUnavailable(
+                f"the channel to {self.address} was closed during the call", hint="connect again"
+            ) from error
 
     async def _tell(self, request: Request, lease: Lease, request_id: str) -> None:
         try:

@@ -15,6 +15,7 @@ import pytest
 
 from snowskin.kvstore.client import door_connection
 from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.kvstore.node.daemon import NodeSettings, serve_node
 from tests.support.roles import running
 from tests.support.store_drivers import WAYS, keys_of, namespace_of, noise
@@ -332,3 +333,24 @@ async def test_pools_are_unmapped_off_the_loop(monkeypatch):
         assert thread is not threading.main_thread()
         assert are_closed == [True]
         thread.join(10)
+
+
+@pytest.mark.parametrize("step", ["call", "move"])
+async def test_a_flow_whose_channel_was_closed_before_a_step_of_it_has_lost_the_node(
+    step, monkeypatch
+):
+    async with node_and_observer("address") as (address, observer):
+        async with await StoreClient.connect(address, client_name="lost") as client:
+            calls = Calls(client, observer, NBYTES["small"])
+            await calls.prepare()
+            connection = client._connection
+            take = getattr(connection, step)
+
+            async def take_too_late(*args, **options):
+                await connection.close()
+                await take(*args, **options)
+
+            monkeypatch.setattr(connection, step, take_too_late)
+            with pytest.raises(NodeUnavailable):
+                await calls.pull()
+        await settles(observer)
