@@ -110,7 +110,7 @@ class Pulled:
 
     `corrupt_blocks` are indices of blocks whose bytes were not what was committed; the node was told.
     `first_byte_s` are the seconds from the call until bytes began to land, None where none did. `broken_by` is what
-    ended the copy before all had come: what landed before it is good, and counted. `num_blocks_withheld` are at the
+    ended the pull before all had come: what landed before it is good, and counted. `num_blocks_withheld` are at the
     node, right behind: no more could be leased at once.
     """
 
@@ -439,9 +439,9 @@ def _pull(
     if num_withheld:
         # Who asks for the rest must not be told that the lease of before is in the way: what was said is heard now.
         try:
-            yield Call(ReleaseRequest(lease_ids=(lease.id,)), settings.call_timeout_s, lease)
-        except SnowskinError:
-            num_withheld = 0
+            yield Call(ReleaseRequest(lease_ids=(lease.id,)), lookup_timeout_s, lease)
+        except SnowskinError as error:
+            num_withheld, broken_by = 0, error
     return Pulled(
         num_blocks=wrong[0] if wrong else num_good,
         nbytes=num_good * block_nbytes,

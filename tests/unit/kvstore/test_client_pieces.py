@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from snowskin.kvstore.client.machine import PullBounds
+from snowskin.kvstore.client.machine import Call, PullBounds
 from snowskin.kvstore.errors import DeadlineExceeded, LeaseShareExceeded, NodeUnavailable
 from snowskin.kvstore.messages import WakeReason
 from tests.support.client_stage import SETTINGS, Stage
@@ -82,6 +82,13 @@ def test_a_release_that_nobody_heard_ends_a_pull_and_loses_nothing(stage):
     stage.fail_at, stage.fail_with = 3, DeadlineExceeded("late")
     pulled = stage.run(stage.pull(RUN))
     assert (pulled.num_blocks, pulled.num_blocks_withheld) == (2, 0)
+    assert pulled.broken_by is stage.fail_with
+
+
+def test_no_question_of_a_pull_waits_for_longer_than_its_look_up_may(stage):
+    assert stage.run(stage.pull(RUN, bounds=PullBounds(lookup_timeout_s=0.02))).num_blocks == 6
+    waits_s = [step.timeout_s for step in stage.steps if isinstance(step, Call)]
+    assert waits_s == [0.02] * 5  # three look-ups, and two releases that must be heard
 
 
 def test_a_corrupt_block_of_a_later_piece_is_counted_from_the_first(stage):
