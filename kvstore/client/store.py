@@ -198,6 +198,7 @@ class StoreClient:
 
         Raises:
             PoolExhausted: no room came free in time.
+            QuarantineShareExceeded: too much of the pool is in quarantine, writes of this client among it.
             NodeUnavailable: the connection broke; nothing became visible, or all of it did.
         """
         flow = machine.publish(
@@ -255,8 +256,11 @@ class StoreClient:
         the run; it is not an error. A copy that breaks off brings what landed before (`Pulled.broken_by`).
         `bounds` says what look-up and copy may take where that is not the client's usual.
 
+        What the node withholds, since no more may be leased at once, is pulled behind what it gave.
+
         Raises:
-            NodeUnavailable: the connection broke; nothing landed.
+            LeaseShareExceeded: as much is leased as may be, and not even the first block could be.
+            NodeUnavailable: the connection broke; no block landed.
             DeadlineExceeded: the node did not answer in time.
         """
         flow = pieces.pull(

@@ -49,10 +49,6 @@ class Presence:
         """Blocks from the first on that this node holds without a gap."""
         return num_leading_ones(self.bitmaps.get(address, 0))
 
-    def num_present(self, address: str) -> int:
-        """Blocks that this node holds at all."""
-        return self.bitmaps.get(address, 0).bit_count()
-
     @property
     def num_blocks(self) -> int:
         """Blocks from the first on that are on some node without a gap."""
