@@ -289,6 +289,7 @@ class Residence:
         """Reserved blocks become neither visible nor free: their writer's stores may still land."""
         pool = self.pools[segment.pool_id]
         pool.change(num_blocks * segment.block_nbytes, Use.RESERVED, Use.QUARANTINED)
+        pool.num_gains += 1  # who has too much of it there is refused now, and holds up nobody
 
     def check(self, num_leases: Counter[PlacedSegment], reserved: Iterable[ByteRange]) -> None:
         """Asserts that index, segments and books agree; for tests.

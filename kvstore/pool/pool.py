@@ -38,8 +38,8 @@ class Pool:
         self.capacity_nbytes = capacity_nbytes
         # Bytes of segments under a lease; kept by the node, which counts leases.
         self.leased_nbytes = 0
-        # How often anything happened by which a reservation may fit that did not fit before: bytes came free, became
-        # evictable, or were committed. While it stands still, trying again is in vain.
+        # How often anything happened by which a reservation that did not fit may be answered now: bytes came free,
+        # became evictable, were committed, or went into quarantine. While it stands still, trying again is in vain.
         self.num_gains = 0
         self._allocator = ExtentAllocator(capacity_nbytes, alignment)
         self._used = dict.fromkeys(Use, 0)

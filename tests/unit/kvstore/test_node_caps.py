@@ -276,6 +276,18 @@ def test_who_queued_before_its_writes_went_into_quarantine_is_refused_in_its_tur
     assert isinstance(node.answer(other, calls[1]), Reserved)
 
 
+def test_who_is_to_be_refused_is_refused_when_its_writes_go_into_quarantine():
+    node = NodeDriver(blocks=4, max_quarantined_ratio=0.25, write_lease_s=60, grace_s=1)
+    late, other = node.session("late"), node.session("other")
+    node.reserve(late, "a b", ttl_s=2)
+    node.reserve(other, "c d")
+    call = node.call(late, reserving("p", timeout_s=50))
+    node.wait(2.9)
+    assert node.answer(late, call) is None
+    node.wait(0.1)
+    assert isinstance(node.answer(late, call), QuarantineShareExceeded)
+
+
 @pytest.mark.parametrize(
     "name", ["max_leased_ratio", "max_client_leased_ratio", "max_quarantined_ratio"]
 )
