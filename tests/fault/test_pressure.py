@@ -26,7 +26,14 @@ from snowskin.kvstore.messages import Access
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 from tests.support.engine_bench import prompt_tokens
 from tests.support.one_piece import OnePiece
-from tests.support.up_process import BLOCK_SIZE, LOOK_S, SETTLE_S, SHORT_LEASES, UpProcess
+from tests.support.up_process import (
+    BLOCK_SIZE,
+    LOOK_S,
+    REQUEST_S,
+    SETTLE_S,
+    SHORT_LEASES,
+    UpProcess,
+)
 
 pytestmark = [pytest.mark.slow]
 
@@ -164,53 +171,57 @@ def random_bytes(num_blocks: int, seed: int) -> bytes:
 
 @contextlib.asynccontextmanager
 async def holding(up: UpProcess):
-    """Eight blocks under one read lease, prolonged all the while; their bytes are compared at the end."""
-    keys = await publish(up, namespace=HELD, num_blocks=NUM_HELD, seed=7)
+    """Eight blocks under read leases that are prolonged all the while; their bytes are compared at each lease's end."""
     # A thread: the loop of 32 users may stand still for longer than a lease.
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="holder")
     is_over = threading.Event()
-    matched: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def hold() -> int:
-        with grpc.insecure_channel(up.node_addresses[0]) as channel:
-            return hold_until(is_over, store_pb2_grpc.StoreStub(channel), keys, tell)
-
-    def tell(num_blocks: int) -> None:
-        matched.get_loop().call_soon_threadsafe(matched.set_result, num_blocks)
-
+    began_s = time.monotonic()
+    held = asyncio.get_running_loop().run_in_executor(thread, hold, up, is_over)
     try:
-        held = asyncio.get_running_loop().run_in_executor(thread, hold)
-        assert await asyncio.wait_for(matched, 10.0) == NUM_HELD
         yield
         is_over.set()
-        num_renewals = await held
-        print(f"held {NUM_HELD} blocks by {num_renewals} renewals")
+        held_s = await held
+        print(f"held {NUM_HELD} blocks for {held_s:.1f} s")
+        assert held_s > (time.monotonic() - began_s) / 2
     finally:
         is_over.set()
         thread.shutdown()
 
 
-def hold_until(is_over: threading.Event, store, keys: KeyColumn, tell) -> int:
-    """Matches, renews until `is_over`, compares every byte, releases; the number of renewals."""
+def hold(up: UpProcess, is_over: threading.Event) -> float:
+    """Lease after lease until `is_over`; the seconds in which blocks were held."""
+    held_s = 0.0
+    with grpc.insecure_channel(up.node_addresses[0]) as channel:
+        store = store_pb2_grpc.StoreStub(channel)
+        for seed in itertools.count(1_000):
+            keys = asyncio.run(publish(up, namespace=HELD, num_blocks=NUM_HELD, seed=seed))
+            held_s += hold_once(store, keys, random_bytes(NUM_HELD, seed), is_over)
+            if is_over.is_set():
+                return held_s
+    raise AssertionError("unreachable")
+
+
+def hold_once(store, keys: KeyColumn, data: bytes, is_over: threading.Event) -> float:
+    """One lease, until `is_over`, or until this thread came too late to prolong it; how long it was held."""
     column = common_pb2.KeyColumn(packed=keys.packed, width=keys.width)
-    wanted = store_pb2.MatchRequest(namespaces=[HELD], keys=column)
-    asked_at_s = time.monotonic()
-    matched = store.Match(wanted, timeout=5.0)
-    tell(matched.num_blocks)
+    began_s = asked_at_s = time.monotonic()
+    matched = store.Match(store_pb2.MatchRequest(namespaces=[HELD], keys=column), timeout=REQUEST_S)
     ref = common_pb2.LeaseRef(id=matched.lease.id, capability=matched.lease.capability)
     ttl_s = matched.lease.ttl_ms / 1e3
-    for num_renewals in itertools.count():
-        if is_over.wait(ttl_s / 5):
-            break
+    if matched.num_blocks < NUM_HELD:  # some went before they were matched
+        store.Release(store_pb2.ReleaseRequest(leases=[ref]), timeout=REQUEST_S)
+        return 0.0
+    while not is_over.wait(ttl_s / 5):
         before_s, asked_at_s = asked_at_s, time.monotonic()
-        renewed = store.Renew(store_pb2.RenewRequest(leases=[ref]), timeout=5.0)
-        # The node counts from when it was asked; what was asked for in time must be given.
-        took_s = time.monotonic() - before_s
-        assert renewed.ttl_ms[0] > 0, f"gone after {num_renewals} renewals, {took_s:.2f} s apart"
-    chunks = store.Read(store_pb2.ReadRequest(lease=ref), timeout=30.0)
-    assert b"".join(chunk.data for chunk in chunks) == random_bytes(NUM_HELD, 7)
-    store.Release(store_pb2.ReleaseRequest(leases=[ref]), timeout=5.0)
-    return num_renewals
+        renewed = store.Renew(store_pb2.RenewRequest(leases=[ref]), timeout=REQUEST_S)
+        if not renewed.ttl_ms[0]:
+            late_s = time.monotonic() - before_s
+            assert late_s > ttl_s, f"a lease of {ttl_s} s was gone after {late_s:.2f} s"
+            return before_s - began_s
+    chunks = store.Read(store_pb2.ReadRequest(lease=ref), timeout=REQUEST_S)
+    assert b"".join(chunk.data for chunk in chunks) == data
+    store.Release(store_pb2.ReleaseRequest(leases=[ref]), timeout=REQUEST_S)
+    return time.monotonic() - began_s
 
 
 @pytest.mark.parametrize("duration_s", [SHORT_FORM, LONG_FORM])

@@ -57,6 +57,8 @@ END_S = 30.0
 LOOK_S = 0.02
 REQUEST_S = 60.0
 CAUGHT_LOOK_S = 0.001
+# gRPC's channels to one address share a connection, or have one each, by when they were opened.
+SHARED_FDS = 1
 # What a client has of a node's memory: a pool and a release board, each as descriptor and as mapping.
 MEMFDS_PER_NODE = 4
 
@@ -103,7 +105,7 @@ class Held:
             before: what it was.
             num_meetings: how many such connections there may be since, each with a session and its memory.
         """
-        spare_fds = 2 * num_meetings
+        spare_fds = SHARED_FDS + 2 * num_meetings
         at_most = [
             (self.num_fds, before.num_fds, spare_fds),
             (self.num_memfds, before.num_memfds, MEMFDS_PER_NODE if num_meetings else 0),
