@@ -397,15 +397,7 @@ def _pull(
     assert isinstance(matched, Matched), "the reply to a Match is Matched"
     lease, num_blocks = matched.lease, matched.num_blocks
     if lease is None:
-        return Pulled(
-            num_blocks=0,
-            nbytes=0,
-            num_extents=0,
-            corrupt_blocks=(),
-            wake_reason=matched.wake_reason,
-            seconds=asked.ended_at_s - asked.began_at_s,
-            first_byte_s=None,
-        )
+        return _nothing(matched, asked.ended_at_s - asked.began_at_s)
     if bounds.on_found is not None:
         bounds.on_found()
     wrong: tuple[int, ...] = ()
@@ -452,6 +444,18 @@ def _pull(
         first_byte_s=asked.ended_at_s - asked.began_at_s,
         broken_by=broken_by,
         num_blocks_withheld=num_withheld,
+    )
+
+
+def _nothing(matched: Matched, seconds: float) -> Pulled:
+    return Pulled(
+        num_blocks=0,
+        nbytes=0,
+        num_extents=0,
+        corrupt_blocks=(),
+        wake_reason=matched.wake_reason,
+        seconds=seconds,
+        first_byte_s=None,
     )
 
 
