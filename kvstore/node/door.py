@@ -1,9 +1,10 @@
 """The local door: a Unix stream socket with memfds, for clients on the node's own host.
 
 Rules kept here: who connects must be of the node's own user, or root. The first message is Hello, within
-`HELLO_TIMEOUT_S`. The end of the connection is the end of the session. A client that breaks the protocol is told how
-and cut off, one that does not read its answers is cut off; the others do not notice. A call without an id can only give
-something back: what it were granted, nobody would know of.
+`HELLO_TIMEOUT_S`. The client's end of the connection is the end of the session. A client that breaks the protocol is
+told how and cut off, one that does not read its answers is cut off; the others do not notice. Who is cut off has the
+pools mapped still: the room that it may write into is nobody's until it has closed, by itself or by its death. A call
+without an id can only give something back: what it were granted, nobody would know of.
 
 Raw sockets on the loop's readiness, not asyncio streams: a call is one recv and one send here, and the greeting
 must carry descriptors. Measured in `snowskin.tools.bench spine`.
@@ -253,27 +254,49 @@ class _Connection:
         self._unsent = bytearray()
         self._session: Session | None = None
         self._request_ids: dict[int, str] = {}  # of calls that are not answered yet
-        self._closed = False
+        self._closed = False  # no message goes either way any more
+        self._ended = False
         self._served_at_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(peer.fileno(), self._on_readable)
-        self._hello_timer = self._loop.call_later(hello_timeout_s, self.close, "no Hello came")
+        self._hello_timer = self._loop.call_later(hello_timeout_s, self.fence, "no Hello came")
+
+    def fence(self, reason: str) -> None:
+        """Says and hears no more; ends all, or only what this side holds while the client may write; idempotent."""
+        if self._closed:
+            return
+        self._fall_silent()
+        if self._session is None or not self._shell.fence_session(self._session):
+            self.close(reason)
+            return
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        # Nobody hears what it still says, so that a client that waits to say it gets to its end.
+        self._loop.add_reader(self._socket.fileno(), self._receive)
 
     def close(self, reason: str) -> None:
-        """Ends connection and session; idempotent."""
+        """Ends connection and session, because the client has ended it or the node stops; idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self._fall_silent()
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._on_close(self)
+        if self._session is not None:
+            log.debug("connection closed", session=self._session.id, reason=reason)
+            self._shell.end_session(self._session)
+
+    def _fall_silent(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._hello_timer.cancel()
-        self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
-        self._socket.close()
-        self._on_close(self)
+        self._unsent.clear()
+        self._reader = FrameReader()  # without the half of a message
         for span in self._spans.values():
             span.end(asyncio.CancelledError())
-        if self._session is not None:
-            log.debug("connection closed", session=self._session.id, reason=reason)
-            self._shell.end_session(self._session)
 
     def _on_readable(self) -> None:
         """Serves what came; of a client that asks back to back, looks for the next call before it sleeps."""
@@ -300,7 +323,7 @@ class _Connection:
             data = self._socket.recv(RECV_NBYTES)
         except (BlockingIOError, InterruptedError):
             return b""
-        except OSError as error:
+        except OSError as error:  # ECONNRESET: it closed, and had not read all
             self.close(str(error))
             return b""
         if not data:
@@ -322,7 +345,7 @@ class _Connection:
         if not self._unsent:  # behind half an answer nobody would understand them
             with contextlib.suppress(OSError):
                 self._socket.send(frame(last_words))
-        self.close(str(error))
+        self.fence(str(error))
 
     def _on_message(self, payload: bytes) -> None:
         meter = self._meter
@@ -400,7 +423,7 @@ class _Connection:
                 hint="upgrade the older of the two",
             )
             self._answer(call_id, error)
-            self.close(str(error))
+            self.fence(str(error))
             return
         self._hello_timer.cancel()
         access = access_from(hello.access)
@@ -425,7 +448,7 @@ class _Connection:
             self._flush()
         except OSError as error:
             log.warning("session not greeted", pid=self._pid, error=str(error))
-            self.close(str(error))
+            self.fence(str(error))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -457,7 +480,7 @@ class _Connection:
             data = frame(response.SerializeToString())
         except ProtocolViolation as error:  # ours, not the client's: many shards of many keys
             log.warning("answer too long", pid=self._pid, error=str(error))
-            self._close_soon(str(error))
+            self._fence_soon(str(error))
             return
         if not self._unsent:
             try:
@@ -465,7 +488,7 @@ class _Connection:
             except (BlockingIOError, InterruptedError):
                 sent = 0
             except OSError as error:
-                self._close_soon(str(error))
+                self._fence_soon(str(error))
                 return
             if sent == len(data):
                 return
@@ -476,13 +499,13 @@ class _Connection:
     def _flush(self) -> None:
         if len(self._unsent) > MAX_UNSENT_NBYTES:
             log.warning("client does not read its answers", pid=self._pid)
-            self._close_soon("answers not read")
+            self._fence_soon("answers not read")
         elif self._unsent:
             self._loop.add_writer(self._socket.fileno(), self._on_writable)
 
-    def _close_soon(self, reason: str) -> None:
+    def _fence_soon(self, reason: str) -> None:
         # Not now: the state machine may be in the middle of handing out effects.
-        self._loop.call_soon(self.close, reason)
+        self._loop.call_soon(self.fence, reason)
 
     def _on_writable(self) -> None:
         try:
@@ -490,7 +513,7 @@ class _Connection:
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
-            self.close(str(error))
+            self.fence(str(error))
             return
         del self._unsent[:sent]
         if not self._unsent:

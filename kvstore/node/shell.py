@@ -91,13 +91,27 @@ class NodeShell:
         """A client is gone."""
         if self._answers.pop(session.id, None) is None:
             return
-        if (board := self._boards.pop(session.id, None)) is not None:
-            board.close()
+        self._close_board(session)
         if session.id in self._brief:
             self._brief.remove(session.id)
         else:
             log.info("session ended", session=session.id, client=session.client_name)
         self._carry_out(self.state.end_session(session.id, self.clock.now_s()))
+
+    def fence_session(self, session: Session) -> bool:
+        """A client is cut off that may live, and asks nothing more.
+
+        Returns:
+            Whether it keeps room that its stores may still land in: then its session goes on until `end_session`,
+            which must come when it has closed. Otherwise the session has ended.
+        """
+        self._close_board(session)
+        self._carry_out(self.state.fence_session(session.id, self.clock.now_s()))
+        if self.state.holds_nothing(session.id):
+            self.end_session(session)
+            return False
+        log.warning("session fenced", session=session.id, client=session.client_name)
+        return True
 
     def request(self, session_id: SessionId, call_id: int, request: Request) -> None:
         """One call; its answer comes by the session's `answer`, now or later."""
@@ -205,6 +219,10 @@ class NodeShell:
         self._transport.close()
         for arena in self.arenas.values():
             arena.close()
+
+    def _close_board(self, session: Session) -> None:
+        if (board := self._boards.pop(session.id, None)) is not None:
+            board.close()
 
     def _register(self, arena: Arena) -> MemoryRegion:
         descriptor = arena.open_read_only()

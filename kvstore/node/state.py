@@ -2,7 +2,8 @@
 
 Rules kept here:
 - A request is checked whole before anything is allocated for it; one that fails changes nothing.
-- A session's end ends its leases, reservations, tails and waiting calls at once.
+- A session's end ends its leases, reservations, tails and waiting calls at once. Of one that is cut off while its
+  client may live, the reservations stay until its end, in quarantine.
 - Whatever frees room serves those who queue for it; whatever makes a block visible, or sure not to come, answers those
   who wait for it: every answer is an effect of the event that made it possible, and nobody polls.
 
@@ -144,6 +145,16 @@ class NodeState:
             return []
         self._reading.end_session(session_id)
         return self._settle(self._writing.end_session(session_id), now_s)
+
+    def fence_session(self, session_id: SessionId, now_s: float) -> list[Effect]:
+        """A client is cut off that may live: as at its end, but that what it can still write into is quarantined.
+
+        Nothing more may be asked in its name. `holds_nothing` says whether the end need not be waited for.
+        """
+        if self.sessions.get(session_id) is None:
+            return []
+        self._reading.end_session(session_id)
+        return self._settle(self._writing.fence_session(session_id, now_s), now_s)
 
     def holder_of(self, lease_id: LeaseId) -> SessionId | None:
         """The session that holds a lease; None where the lease has ended."""

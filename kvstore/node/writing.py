@@ -3,6 +3,7 @@
 Rules kept here: room is given to clients in turn, to each in the order of asking. A write lease pins the parents that
 it named. Of two writers of one block the first to commit wins. A write lease that runs out is fenced: if its session
 maps memory its bytes are quarantined until the writer gives them back or its session ends, otherwise they are free.
+So is at once whatever a writer holds that is cut off while it lives.
 While too much of a pool is in quarantine, those whose writes are there get no more of it. A block for one reader whom
 nobody saw for as long as a reader may hold it is given up before a reservation is refused. Whoever ends a reservation
 is told which blocks became visible and which will not come (`Outcome`), for those who wait for them.
@@ -367,12 +368,25 @@ class Writing:
     def end_session(self, session_id: SessionId) -> Outcome:
         """A writer is gone: its reservations and its unread blocks are free at once."""
         outcome = Outcome(may_have_freed=True)
-        for call in self.waiting.of_session(session_id):
-            self.waiting.remove(call)
+        self._forget_asking(session_id)
         for lease in self.leases.of_session(session_id):
             self._end(lease, outcome)
-        self.unread.drop_of_session(session_id)
         return outcome
+
+    def fence_session(self, session_id: SessionId, now_s: float) -> Outcome:
+        """A writer is cut off: its unread blocks are free, its reservations only where no store of it can land."""
+        outcome = Outcome(may_have_freed=True)
+        self._forget_asking(session_id)
+        for lease in self.leases.of_session(session_id):
+            self.leases.run_out(lease.id, now_s)
+            self._fence(lease, outcome)
+        return outcome
+
+    def _forget_asking(self, session_id: SessionId) -> None:
+        """Neither what a session waits for nor what it has left unread concerns anybody any more."""
+        for call in self.waiting.of_session(session_id):
+            self.waiting.remove(call)
+        self.unread.drop_of_session(session_id)
 
     def on_time(self, now_s: float) -> Outcome:
         """Leases that ran out, their grace too."""

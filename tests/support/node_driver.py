@@ -136,6 +136,11 @@ class NodeDriver:
         self._asked = {asked for asked in self._asked if asked[0] != session.id}
         self.take(self.state.end_session(session.id, self.now_s))
 
+    def fence(self, session: Session) -> None:
+        """The client is cut off, and lives."""
+        self._asked = {asked for asked in self._asked if asked[0] != session.id}
+        self.take(self.state.fence_session(session.id, self.now_s))
+
     def wait(self, seconds: float) -> None:
         """Time passes."""
         until_s = self.now_s + seconds
