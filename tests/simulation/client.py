@@ -46,6 +46,7 @@ class DoorLink:
         self._conversation = Conversation()
         self._waiting: dict[int, Future] = {}
         self._greeted = Future()
+        self._under_way: dict[Future, Callable[[], None]] = {}  # pieces, and how they land
 
     def open(self) -> Any:
         """Connects and greets."""
@@ -68,9 +69,7 @@ class DoorLink:
             raise NodeUnavailable(f"node {self._node.node_id} did not greet")
         self.node_epoch = greeting.node_epoch
         self._session_id = greeting.session_id
-        self._board: Board = self._boards.get(greeting.session_id) or self._boards.setdefault(
-            greeting.session_id, _no_board()
-        )
+        self._board: Board = self._boards.get(greeting.session_id) or _no_board()
 
     def call(self, request: Request, timeout_s: float, lease: Lease | None = None) -> Any:
         call_id, data = self._conversation.call(request)
@@ -117,6 +116,7 @@ class DoorLink:
     def _piece(self, step: Move, remote: int, local: int, nbytes: int, share: float) -> Any:
         """Whatever comes meanwhile, it lands; only then is anything else done."""
         lands = self._process.sleep(share * MAX_PIECE_S)
+        self._under_way[lands] = lambda: self._land(step, remote, local, nbytes)
         self._kernel.on_copy(self._process)
         cancelled: Cancelled | None = None
         while not lands.is_done:
@@ -124,19 +124,23 @@ class DoorLink:
                 yield lands
             except Cancelled as error:
                 cancelled = error
-        buffer = step.local.buffer
-        if not self.is_open:  # unmapping the pools waited for this piece: it landed before the end
+        land = self._under_way.pop(lands, None)
+        if land is None:  # unmapping the pools waited for this piece: it landed before the end
             raise cancelled or NodeUnavailable("the connection ended during a copy")
+        land()
+        if step.landed is not None:
+            step.landed(local, nbytes)
+        if cancelled is not None:
+            raise cancelled
+
+    def _land(self, step: Move, remote: int, local: int, nbytes: int) -> None:
+        buffer = step.local.buffer
         if step.is_push:
             data = buffer[local : local + nbytes].tobytes()
             self._memory.write(self._session_id, remote, data)
         else:
             data = self._memory.read(remote, nbytes)
             buffer[local : local + nbytes] = np.frombuffer(data, np.uint8)
-        if step.landed is not None:
-            step.landed(local, nbytes)
-        if cancelled is not None:
-            raise cancelled
 
     def close(self) -> None:
         self._break("closed by this side")
@@ -185,6 +189,9 @@ class DoorLink:
         if not self.is_open:
             return
         self.is_open = False
+        for land in self._under_way.values():
+            land()
+        self._under_way.clear()
         self._end.close()
         self._greeted.set_result()
         for call_id in list(self._waiting):

@@ -2,8 +2,8 @@
 
 Rules kept here: nothing is taken from the node's own books. A reader's bytes must stay as they were committed until
 its lease and the grace are over. Bytes of a writer that maps memory are nobody else's until it commits them, gives
-them back or its session ends; of one that does not, until its lease and the grace are over. Each time that a range is
-given out it has a higher generation. A block or tail for one reader is given to one reader.
+them back or its session ends, cut off before or not; of one that does not, until its lease and the grace are over.
+Each time that a range is given out it has a higher generation. A block or tail for one reader is given to one reader.
 """
 
 from __future__ import annotations
@@ -107,9 +107,15 @@ class Holds:
 
     def on_session_end(self, session_id: int) -> None:
         """And with it ends all that it held."""
+        self.on_session_fenced(session_id)
         del self.maps[session_id]
-        self.reads = {i: read for i, read in self.reads.items() if read.session_id != session_id}
         self.writes = {i: hold for i, hold in self.writes.items() if hold.session_id != session_id}
+
+    def on_session_fenced(self, session_id: int) -> None:
+        """It is cut off: only its stores may still land, where it may write by itself."""
+        self.reads = {i: read for i, read in self.reads.items() if read.session_id != session_id}
+        for hold in self.writes.values():
+            hold.is_fenced |= hold.session_id == session_id
         for call in [each for each in self.waiting if each[0] == session_id]:
             del self.waiting[call]
 

@@ -6,6 +6,7 @@ bytes are spoilt only where no lease promises them, and only in runs in which ev
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Nemesis:
         self._dead: list[Any] = []
         self._storm = 0.0
         acts = [self._freeze_client, self._kill_client, self._freeze_node, self._kill_node]
-        acts += [self._storm_begins]
+        acts += [self._storm_begins, self._cut_a_client_off]
         if world.serving is not None:
             acts += [self._freeze_role, self._kill_role, world.serving.cut_a_watch]
             acts += [self._freeze_role, world.serving.slow_a_watch]
@@ -67,6 +68,10 @@ class Nemesis:
     def _freeze_node(self) -> None:
         node = self._kernel.rng.choice(self._world.nodes)
         self._freeze(node, "nodes frozen")
+
+    def _cut_a_client_off(self) -> None:
+        node = self._kernel.rng.choice(self._world.nodes)
+        node.process.at(0.0, node.cut_off)
 
     def _freeze_role(self) -> None:
         assert self._world.serving is not None, "no roles to freeze"
@@ -128,9 +133,12 @@ class Nemesis:
         self._kernel.at(self._kernel.rng.uniform(0.05, 0.5), end)
 
     def _on_copy(self, process: Process) -> None:
-        """A stop in the middle of a copy, most often beyond every lease."""
+        """A stop in the middle of a copy, most often beyond every lease; who is stopped does not read either."""
         if not self._is_over and self._kernel.chance(self._copy_probability):
             self._freeze(process, "processes frozen in a copy", (0.6, 1.2))
+            if self._kernel.chance(0.5):
+                for node in self._world.nodes:
+                    node.process.at(0.01, partial(node.cut_off, process.name))
 
     def _spoil(self) -> None:
         if self._is_over:

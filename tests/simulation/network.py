@@ -79,6 +79,7 @@ class End:
         self.process = process
         self.peer: End | None = None
         self.is_open = True
+        self.is_silent = False
         self.on_data: Callable[[bytes], None] | None = None
         self.on_end: Callable[[], None] | None = None
         self._network = network
@@ -87,7 +88,7 @@ class End:
 
     def send(self, data: bytes) -> None:
         """Leaves for the peer; into a closed stream it is lost."""
-        if not self.is_open or not self.process.is_alive:
+        if not self.is_open or self.is_silent or not self.process.is_alive:
             return
         kernel = self._network.kernel
         pieces = [data]
@@ -102,9 +103,15 @@ class End:
         """The peer reads what was sent, then the end; idempotent."""
         if not self.is_open:
             return
+        self.say_no_more()
         self.is_open = False
         self.process.forget_death(self.close)
-        self._deliver(lambda peer: peer.on_end and peer.on_end())
+
+    def say_no_more(self) -> None:
+        """The peer reads what was sent, then the end; what it says still comes; idempotent."""
+        if not self.is_silent:
+            self.is_silent = True
+            self._deliver(lambda peer: peer.on_end and peer.on_end())
 
     def cut(self) -> None:
         """Both sides see the end, and what was under way is lost: as a connection between hosts breaks."""

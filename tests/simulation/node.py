@@ -108,6 +108,7 @@ class SimNode:
         self.memory = Memory(capacity)
         self.holds = Holds(self.memory, self.truth, self.settings.limits, self.kernel.seen)
         self.boards: dict[SessionId, Board] = {}
+        self.door_sessions: dict[_DoorSession, None] = {}
         self._answers: dict[SessionId, Any] = {}
         self._rpc_sessions: dict[str, SessionId] = {}
         self._rpc_waiting: dict[tuple[SessionId, int], Future] = {}
@@ -153,6 +154,24 @@ class SimNode:
         self.holds.on_session_end(session_id)
         self.say(f"session {session_id} ends")
         self._carry_out(self.state.end_session(session_id, self.kernel.now_s))
+
+    def fence_session(self, session_id: SessionId) -> bool:
+        self.boards.pop(session_id, None)
+        self._look_at_time()
+        self.holds.on_session_fenced(session_id)
+        self.say(f"session {session_id} is cut off")
+        self._carry_out(self.state.fence_session(session_id, self.kernel.now_s))
+        if self.state.holds_nothing(session_id):
+            self.end_session(session_id)
+            return False
+        self.kernel.seen["clients cut off with room"] += 1
+        return True
+
+    def cut_off(self, client_name: str = "") -> None:
+        """What the local door does to one who breaks the protocol, or does not read; to anybody without a name."""
+        sessions = [each for each in self.door_sessions if client_name in ("", each.client_name)]
+        if sessions:
+            self.kernel.rng.choice(sessions).fence()
 
     # --- requests, as NodeShell has them
 
@@ -433,11 +452,22 @@ class _DoorSession:
     def __init__(self, node: SimNode, end: End, client_name: str) -> None:
         self._node = node
         self._end = end
-        self._client_name = client_name
+        self.client_name = client_name
         self._reader = FrameReader()
-        self._session_id: SessionId | None = None
+        self.session_id: SessionId | None = None
         end.on_data = self._on_data
         end.on_end = self._on_end
+
+    def fence(self) -> None:
+        """Says and hears no more, but that the client is gone."""
+        self._node.kernel.seen["clients cut off"] += 1
+        assert self.session_id is not None, "cut off before it greeted"
+        del self._node.door_sessions[self]
+        self._end.on_data = None
+        if self._node.fence_session(self.session_id):
+            self._end.say_no_more()
+        else:
+            self._end.close()
 
     def _on_data(self, data: bytes) -> None:
         for payload in self._reader.feed(data):
@@ -445,8 +475,9 @@ class _DoorSession:
 
     def _on_end(self) -> None:
         self._end.close()
-        if self._session_id is not None:
-            self._node.end_session(self._session_id)
+        self._node.door_sessions.pop(self, None)
+        if self.session_id is not None:
+            self._node.end_session(self.session_id)
 
     def _on_message(self, payload: bytes) -> None:
         message = parse(door_pb2.DoorRequest, payload)
@@ -456,25 +487,26 @@ class _DoorSession:
         if name == "hello":
             self._on_hello(message.call_id)
             return
-        assert self._session_id is not None, "a client spoke before it greeted"
+        assert self.session_id is not None, "a client spoke before it greeted"
         if name == "cancel":
             self._node.kernel.seen["waiting calls cancelled"] += 1
-            self._node.cancel(self._session_id, message.cancel.call_id)
+            self._node.cancel(self.session_id, message.cancel.call_id)
             return
         try:
             request = request_from(name, getattr(message, name))
         except SnowskinError as error:
             raise Violation(f"a client sent what its node refuses to read: {error}") from error
-        self._node.request(self._session_id, message.call_id, request)
+        self._node.request(self.session_id, message.call_id, request)
 
     def _on_hello(self, call_id: int) -> None:
         node = self._node
-        self._session_id = node.open_session(self._client_name, self._answer, maps=True)
-        node.boards[self._session_id] = Board()
+        self.session_id = node.open_session(self.client_name, self._answer, maps=True)
+        node.door_sessions[self] = None
+        node.boards[self.session_id] = Board()
         greeting = Greeting(
             node_id=node.node_id,
             node_epoch=node.epoch,
-            session_id=self._session_id,
+            session_id=self.session_id,
             max_keys=node.settings.limits.max_keys,
             max_extent_nbytes=node.settings.limits.max_extent_nbytes,
             pools=(PoolGrant(pool_id=0, tier="dram", nbytes=node.memory.buffer.size, region=b""),),

@@ -83,6 +83,13 @@ def no_quarantine(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Writing, "_fence", lambda self, lease, outcome: self._end(lease, outcome))
 
 
+def no_fence(patch: pytest.MonkeyPatch) -> None:
+    """What a client that was cut off can still reach is given to the next."""
+    patch.setattr(
+        Writing, "fence_session", lambda self, session_id, _: self.end_session(session_id)
+    )
+
+
 def quarantine_for_ever(patch: pytest.MonkeyPatch) -> None:
     """What was in quarantine is never free again."""
     give_back = Residence.give_back
@@ -141,6 +148,7 @@ NAMED: dict[str, tuple[Plant, int]] = {
 OTHERS: dict[str, tuple[Plant, int]] = {
     "no grace": (no_grace, 60),
     "no quarantine": (no_quarantine, 40),
+    "no fence": (no_fence, 150),
     "quarantine for ever": (quarantine_for_ever, 40),
     "no deadline": (no_deadline, 20),
     "no shares": (no_shares, 60),

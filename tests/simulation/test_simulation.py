@@ -28,6 +28,7 @@ REACHED = (
     "blocks refused by checksum",
     "calls past their deadline",
     "calm runs",
+    "clients cut off with room",
     "clients frozen",
     "clients killed",
     "commits refused as late",
