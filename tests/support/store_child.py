@@ -128,7 +128,10 @@ def outcome_of(task: Task) -> dict:
     landing = task.data if task.do == "publish" else np.zeros_like(task.data)
     try:
         with connected(
-            task.driver, task.address, client_name=f"child-{task.do}-{task.seed}", verify=task.verify
+            task.driver,
+            task.address,
+            client_name=f"child-{task.do}-{task.seed}",
+            verify=task.verify,
         ) as client:
             result = getattr(client, task.do)(**task.call, local=client.register(landing))
     except SnowskinError as error:

@@ -38,7 +38,9 @@ class KvctlSettings:
     """Whom to ask, and how to answer."""
 
     conductor: str = setting("127.0.0.1:7000", help="host:port of the conductor's gRPC.")
-    timeout_s: float = setting(5.0, help="Seconds that the conductor, or a node, may take for one answer.")
+    timeout_s: float = setting(
+        5.0, help="Seconds that the conductor, or a node, may take for one answer."
+    )
     json: bool = setting(False, help="One JSON document instead of a table.")
 
     def __post_init__(self) -> None:
