@@ -26,6 +26,7 @@ from snowskin.kvstore.messages import Access
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 from tests.support.engine_bench import prompt_tokens
 from tests.support.one_piece import OnePiece
+from tests.support.results import write_result
 from tests.support.up_process import (
     BLOCK_SIZE,
     LOOK_S,
@@ -82,6 +83,7 @@ class Tally:
     conversations: list[Conversation] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     num_turns: int = 0
+    num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_samples: int = 0
     num_looked_up: int = 0
@@ -106,6 +108,7 @@ async def talk(up: UpProcess, user: int, until_s: float, tally: Tally) -> None:
                 return
             tally.num_turns += 1
             tally.num_cached_tokens += answer.num_cached_tokens
+            tally.num_prompt_tokens += len(conversation.token_ids)
             start = len(conversation.token_ids)
             conversation.token_ids += answer.token_ids
             conversation.generated.append(range(start, len(conversation.token_ids)))
@@ -258,3 +261,21 @@ async def test_a_crowd_in_a_small_pool_gets_every_token_right(crowded, model, du
     assert agreement.wrong == ()
     assert agreement.num_rounding <= agreement.num_tokens // 1_000
     await crowded.settles_at(before, SETTLE_S)
+    if duration_s == LONG_S:
+        write_result(
+            "pressure",
+            seconds=duration_s,
+            num_users=NUM_USERS,
+            pool_nbytes=POOL_NBYTES,
+            working_set_nbytes=WORKING_SET_NBYTES,
+            num_turns=tally.num_turns,
+            num_failures=len(tally.failures),
+            num_tokens_compared=agreement.num_tokens,
+            num_wrong=len(agreement.wrong),
+            num_rounding=agreement.num_rounding,
+            num_cached_tokens=tally.num_cached_tokens,
+            num_prompt_tokens=tally.num_prompt_tokens,
+            num_looked_up=tally.num_looked_up,
+            num_samples_of_the_books=tally.num_samples,
+            counters=dict(counters),
+        )

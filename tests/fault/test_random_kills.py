@@ -14,13 +14,14 @@ import asyncio
 import contextlib
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import psutil
 import pytest
 
 from snowskin.transport.errors import SnowskinError
 from tests.support.engine_bench import prompt_tokens
+from tests.support.results import write_result
 from tests.support.up_process import (
     BLOCK_SIZE,
     FLAGS,
@@ -137,6 +138,40 @@ def baseline(wide):
     return asyncio.run(warm())
 
 
+@dataclass(kw_only=True)
+class Tally:
+    """What became of all rounds."""
+
+    num_rounds: int = 0
+    num_kills: int = 0
+    num_freezes: int = 0
+    num_requests: int = 0
+    num_exact: int = 0
+    num_hung_up: int = 0
+    num_broken_with_the_conductor: int = 0
+    num_tokens: int = 0
+    longest_until_clean_s: float = 0.0
+
+    def count(self, asked: Asked, answer: Answer) -> None:
+        self.num_requests += 1
+        if answer.is_whole:
+            self.num_exact += 1
+            self.num_tokens += len(answer.token_ids)
+        elif asked.hangs_up:
+            self.num_hung_up += 1
+        else:
+            self.num_broken_with_the_conductor += 1
+
+
+@pytest.fixture(scope="module")
+def tally():
+    """Written down where this is a nightly run of all rounds."""
+    counts = Tally()
+    yield counts
+    if counts.num_rounds >= NUM_LONG:
+        write_result("random_kills", **asdict(counts))
+
+
 async def ask(up: UpProcess, asked: Asked) -> Answer:
     """One request to its end, whatever that is."""
     async with up.asking(asked.prompt, asked.num_tokens, use_cache=asked.use_cache) as answer:
@@ -177,7 +212,7 @@ async def books_are_clean(up: UpProcess) -> bool:
 
 
 @pytest.mark.parametrize("seed", ROUNDS)
-async def test_a_round(wide, baseline, monolith, seed):
+async def test_a_round(wide, baseline, monolith, tally, seed):
     chosen = draw(seed, wide.names)
     print(f"seed {seed}: {chosen}")
     old_pids = {fault.victim: wide.child(fault.victim).pid for fault in chosen.faults}
@@ -190,7 +225,8 @@ async def test_a_round(wide, baseline, monolith, seed):
     await eventually(
         lambda: books_are_clean(wide), LEASE_S + GRACE_S + LOOK_MARGIN_S, "the books are clean"
     )
-    print(f"clean after {time.monotonic() - began_s:.2f} s")
+    clean_s = time.monotonic() - began_s
+    print(f"clean after {clean_s:.2f} s")
     # A conductor that dies takes its users' connections along, and nothing else does.
     killed = [fault.victim for fault in chosen.faults if not fault.frozen_s]
     may_break = "conductor" in killed
@@ -200,6 +236,7 @@ async def test_a_round(wide, baseline, monolith, seed):
         elif not asked.hangs_up:
             assert may_break, (answer.status, answer.error, answer.broke)
             assert answer.broke, answer.error
+        tally.count(asked, answer)
     for victim in killed:
         await wide.restarted(victim, old_pids[victim], RESTART_S)
     await wide.settled()
@@ -209,6 +246,10 @@ async def test_a_round(wide, baseline, monolith, seed):
     for use_cache in (True, False):
         answer = await wide.ask(asked.prompt, asked.num_tokens, use_cache=use_cache)
         assert_exact(monolith, asked.prompt, answer, asked.num_tokens)
+    tally.num_rounds += 1
+    tally.num_kills += len(killed)
+    tally.num_freezes += len(chosen.faults) - len(killed)
+    tally.longest_until_clean_s = max(tally.longest_until_clean_s, round(clean_s, 2))
 
 
 async def test_every_byte_comes_back(wide, baseline):

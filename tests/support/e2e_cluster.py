@@ -39,6 +39,7 @@ def exact_cluster(model: Path, **fields: Any) -> LocalCluster:
             "threads": 1,
             "http_port": 0,
             "conductor_port": pick_port(HOST),
+            "hang_s": 0.0,  # looks at children would stand open while the session's loop does
             **fields,
         }
     )
