@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 
 from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.client.store import StoreClient
-from snowskin.kvstore.messages import Access
+from snowskin.kvstore.client.blocking import BlockingStoreClient
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 from tests.support.engine_bench import prompt_tokens
 from tests.support.one_piece import OnePiece
@@ -137,7 +136,7 @@ async def watch_the_books(up: UpProcess, tally: Tally) -> None:
 async def probe_without_end(up: UpProcess, tally: Tally) -> None:
     """Looks blocks up, ours that nobody reads first, a hundred times as often as all readers together."""
     chance = random.Random(SEED)
-    ours = await publish(up, namespace=PROBED, num_blocks=4, seed=8)
+    ours = await asyncio.to_thread(publish, up, namespace=PROBED, num_blocks=4, seed=8)
     others = chance.randbytes(32 * (KEYS_PER_PROBE - len(ours)))
     keys = KeyColumn(packed=ours.packed + others, width=32)
     async with up.observing() as node:
@@ -150,20 +149,20 @@ async def probe_without_end(up: UpProcess, tally: Tally) -> None:
             await asyncio.sleep(LOOK_S)
 
 
-async def publish(up: UpProcess, *, namespace: bytes, num_blocks: int, seed: int) -> KeyColumn:
-    """Blocks of random bytes; the same for the same seed."""
+def publish(up: UpProcess, *, namespace: bytes, num_blocks: int, seed: int) -> KeyColumn:
+    """Blocks of random bytes; the same for the same seed. Blocks: for a thread."""
     keys = KeyColumn(packed=random.Random(seed).randbytes(32 * num_blocks), width=32)
     data = np.frombuffer(random_bytes(num_blocks, seed), np.uint8).copy()
-    async with await StoreClient.connect(
-        up.node_addresses[0], client_name="publisher", access=Access.WRITE
+    with BlockingStoreClient.connect(
+        up.node_addresses[0], client_name="publisher", call_timeout_s=REQUEST_S
     ) as client:
-        await client.publish(
+        client.publish(
             namespace=namespace,
             keys=keys,
             block_nbytes=BLOCK_NBYTES,
             local=client.register(data),
             local_offsets=range(0, data.nbytes, BLOCK_NBYTES),
-            timeout_s=5.0,
+            timeout_s=REQUEST_S,
         )
     return keys
 
@@ -197,7 +196,7 @@ def hold(up: UpProcess, is_over: threading.Event) -> float:
     with grpc.insecure_channel(up.node_addresses[0]) as channel:
         store = store_pb2_grpc.StoreStub(channel)
         for seed in itertools.count(1_000):
-            keys = asyncio.run(publish(up, namespace=HELD, num_blocks=NUM_HELD, seed=seed))
+            keys = publish(up, namespace=HELD, num_blocks=NUM_HELD, seed=seed)
             held_s += hold_once(store, keys, random_bytes(NUM_HELD, seed), is_over)
             if is_over.is_set():
                 return held_s
