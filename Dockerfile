@@ -1,4 +1,4 @@
-# One image for every role of Snowskin: `docker build -t snowskin .`; compose.yaml's commands say which role runs.
+# One image for every role of Snowskin: `docker build -t snowskin .`; the commands in docker-compose.yml say which role runs.
 #
 #   --build-arg TORCH=cpu       PyTorch's own CPU wheel (0.2 GB; the default)
 #   --build-arg TORCH=default   the package index's build, with CUDA on x86-64 (3 GB)
