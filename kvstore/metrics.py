@@ -157,10 +157,7 @@ class Metrics:
         labels: tuple[str, ...] = (),
     ) -> Metric:
         """For sources: numbers that rise and fall, as (labels, value)."""
-        family = GaugeMetricFamily(self.name(thing), help, labels=labels)
-        for its_labels, value in values:
-            family.add_metric(its_labels, value)
-        return family
+        return _filled(GaugeMetricFamily(self.name(thing), help, labels=labels), values)
 
     def total(
         self,
@@ -170,10 +167,7 @@ class Metrics:
         labels: tuple[str, ...] = (),
     ) -> Metric:
         """For sources: numbers that only rise and that somebody else counts, as (labels, value)."""
-        family = CounterMetricFamily(self.name(thing), help, labels=labels)
-        for its_labels, value in values:
-            family.add_metric(its_labels, value)
-        return family
+        return _filled(CounterMetricFamily(self.name(thing), help, labels=labels), values)
 
     def exposition(self) -> bytes:
         """What a scrape is answered with, in Prometheus' text format (`CONTENT_TYPE`)."""
@@ -189,6 +183,16 @@ class Metrics:
             (self.role, own_version(), str(WIRE_VERSION), platform.python_version()), 1
         )
         yield family
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily,
+    values: Iterable[tuple[tuple[str, ...], float]],
+) -> Metric:
+    """The family with a sample for each (labels, value)."""
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
 
 
 def own_version() -> str:
