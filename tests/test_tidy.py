@@ -198,7 +198,7 @@ def test_the_rule_about_machines_and_indexes_bites():
     slash = "/"
     assert OF_ONE_MACHINE.search(f"cd {slash}work{slash}main")
     assert OF_ONE_MACHINE.search(f"'{slash}home{slash}me'")
-    assert not OF_ONE_MACHINE.search("docs/home/page, ~/work/x")
+    assert not OF_ONE_MACHINE.search(f"docs/home/page, ~{slash}work{slash}x")
     assert INDEX_ADDRESS.search("--index-url " + "https://example.org/simple")
     assert INDEX_ADDRESS.search("https://" + "pypi.org/simple")
     assert not INDEX_ADDRESS.search("--index-url https://download.pytorch.org/whl/cpu torch")

@@ -28,8 +28,9 @@ from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.messages import Access
 from snowskin.kvstore.rpc import open_channel, translating
 from snowskin.tools.kvctl.admin import AdminClient
+from snowskin.tools.kvctl.node_admin import NodeAdminClient
 from snowskin.transport.errors import SnowskinError
-from snowskin.v1 import admin_pb2, admin_pb2_grpc, engine_pb2, engine_pb2_grpc
+from snowskin.v1 import engine_pb2, engine_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -443,14 +444,8 @@ class UpProcess:
     async def evict_all(self) -> None:
         """Takes every block out of every node, as `kvctl evict --all` does."""
         for address in self.node_addresses:
-            channel = open_channel(address)
-            try:
-                with translating(address):
-                    await admin_pb2_grpc.NodeAdminStub(channel).Evict(
-                        admin_pb2.EvictRequest(all=True), timeout=5.0
-                    )
-            finally:
-                await channel.close(None)
+            async with NodeAdminClient(address, timeout_s=5.0) as node:
+                await node.evict((), dry_run=False)
 
     async def settled(self, within_s=30.0):
         """What it holds once every instance is ready, idle, and connected to its node."""
