@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snowskin.kvstore import wire
-from snowskin.kvstore.rpc import open_channel, translating
+from snowskin.tools.kvctl.asking import Asker
 from snowskin.v1 import admin_pb2, admin_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
-
-    import grpc.aio
 
     from snowskin.kvstore.messages import NodeStat
 
@@ -121,30 +118,11 @@ class PromptMatch:
     nodes: tuple[NodeMatch, ...] = field(default=())
 
 
-class AdminClient:
+class AdminClient(Asker):
     """Asks one conductor; an asynchronous context manager."""
 
-    def __init__(self, address: str, *, timeout_s: float) -> None:
-        """Connects lazily to `address`, `host:port`; every call gets `timeout_s`."""
-        self.address = address
-        self._timeout_s = timeout_s
-        self._channel: grpc.aio.Channel | None = None
-
-    async def __aenter__(self) -> AdminClient:
-        """Opens the channel."""
-        self._channel = open_channel(self.address)
-        self._stub = admin_pb2_grpc.AdminStub(self._channel)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the channel."""
-        if self._channel is not None:
-            await self._channel.close(None)
+    PEER = "conductor"
+    STUB = admin_pb2_grpc.AdminStub
 
     async def cluster_status(self) -> ClusterStatus:
         """Instances and request counts.
@@ -152,10 +130,7 @@ class AdminClient:
         Raises:
             NodeUnavailable, DeadlineExceeded: the conductor does not answer.
         """
-        with translating(f"conductor {self.address}"):
-            answer = await self._stub.ClusterStatus(
-                admin_pb2.ClusterStatusRequest(), timeout=self._timeout_s
-            )
+        answer = await self._ask(self._stub.ClusterStatus, admin_pb2.ClusterStatusRequest())
         return ClusterStatus(
             model_name=answer.model_name,
             instances=tuple(_instance(instance) for instance in answer.instances),
@@ -168,8 +143,7 @@ class AdminClient:
 
     async def nodes(self) -> tuple[NodeStatus, ...]:
         """The nodes that the instances have named, each asked now; raises as `cluster_status`."""
-        with translating(f"conductor {self.address}"):
-            answer = await self._stub.Nodes(admin_pb2.NodesRequest(), timeout=self._timeout_s)
+        answer = await self._ask(self._stub.Nodes, admin_pb2.NodesRequest())
         return tuple(
             NodeStatus(
                 address=node.address,
@@ -187,8 +161,7 @@ class AdminClient:
             request.text = prompt
         else:
             request.token_ids = np.asarray(prompt, dtype="<u4").tobytes()
-        with translating(f"conductor {self.address}"):
-            answer = await self._stub.MatchPrompt(request, timeout=self._timeout_s)
+        answer = await self._ask(self._stub.MatchPrompt, request)
         return PromptMatch(
             num_tokens=answer.num_tokens,
             num_blocks=answer.num_blocks,

@@ -12,7 +12,10 @@ from snowskin.tools.kvctl.node_choice import (
     NodeAnswer,
     ask_nodes,
     end_by,
+    limit_option,
+    listed_document,
     node_option,
+    say_more,
 )
 from snowskin.tools.kvctl.output import (
     KvctlSettings,
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
 
 # Of a namespace or a key, for people; `blocks show` takes so few too.
 NUM_DIGITS = 16
-DEFAULT_LIMIT = 100
 
 
 @click.group()
@@ -57,13 +59,7 @@ Columns:
 @click.option("--namespace", type=NAMESPACE, default=b"", help="Only this shard: 64 hex digits.")
 @click.option("--key-prefix", type=KEY_PREFIX, default=b"", help="Only keys that begin so, in hex.")
 @click.option("--leased", is_flag=True, help="Only blocks that somebody reads now.")
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=DEFAULT_LIMIT,
-    show_default=True,
-    help="Blocks of each node at most.",
-)
+@limit_option("Blocks")
 @node_option
 @with_settings
 def list_blocks(
@@ -83,13 +79,7 @@ def list_blocks(
         ),
     )
     if settings.json:
-        print_document(
-            [
-                {"node": a.node, "blocks": a.answer[0], "more": a.answer[1]}
-                for a in answers
-                if a.answer is not None
-            ]
-        )
+        print_document(listed_document("blocks", answers))
     else:
         _print_blocks(answers)
     end_by(answers)
@@ -114,9 +104,7 @@ def _print_blocks(answers: list[NodeAnswer[tuple[list[BlockInfo], bool]]]) -> No
                 "one reader" if block.one_reader else "",
             )
     print_table(listed)
-    for answer in answers:
-        if answer.answer and answer.answer[1]:
-            print(f"{answer.node} has more: raise --limit, or narrow by --namespace, --key-prefix")
+    say_more(answers, filters="--namespace, --key-prefix")
 
 
 SHOWN = """

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from snowskin.kvstore.admin_messages import LeaseKind
-from snowskin.tools.kvctl.node_choice import NodeAnswer, ask_nodes, end_by, node_option
+from snowskin.tools.kvctl.node_choice import (
+    NodeAnswer,
+    ask_nodes,
+    end_by,
+    limit_option,
+    listed_document,
+    node_option,
+    say_more,
+)
 from snowskin.tools.kvctl.output import (
     KvctlSettings,
     duration_text,
@@ -22,8 +30,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from snowskin.kvstore.admin_messages import LeaseInfo
-
-DEFAULT_LIMIT = 100
 
 
 @click.group()
@@ -50,13 +56,7 @@ Columns:
 @leases.command("ls", epilog=COLUMNS)
 @click.option("--kind", type=click.Choice([kind.value for kind in LeaseKind]), help="Only these.")
 @click.option("--client", default="", help="Only those of this client, by its whole name.")
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=DEFAULT_LIMIT,
-    show_default=True,
-    help="Leases of each node at most.",
-)
+@limit_option("Leases")
 @node_option
 @with_settings
 def list_leases(
@@ -68,13 +68,7 @@ def list_leases(
         settings, nodes, lambda node: node.list_leases(limit=limit, kind=wished, client=client)
     )
     if settings.json:
-        print_document(
-            [
-                {"node": a.node, "leases": a.answer[0], "more": a.answer[1]}
-                for a in answers
-                if a.answer is not None
-            ]
-        )
+        print_document(listed_document("leases", answers))
     else:
         _print_leases(answers)
     end_by(answers)
@@ -86,9 +80,7 @@ def _print_leases(answers: list[NodeAnswer[tuple[list[LeaseInfo], bool]]]) -> No
         for lease in answer.answer[0] if answer.answer else ():
             _add_lease(listed, answer.node, lease)
     print_table(listed)
-    for answer in answers:
-        if answer.answer and answer.answer[1]:
-            print(f"{answer.node} has more: raise --limit, or narrow by --kind, --client")
+    say_more(answers, filters="--kind, --client")
 
 
 def _lease_table(title: str) -> Table:

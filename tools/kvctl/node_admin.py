@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import getpass
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from snowskin.kvstore import admin_wire
 from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.rpc import CLIENT_HEADER, open_channel, translating
+from snowskin.kvstore.rpc import CLIENT_HEADER
+from snowskin.tools.kvctl.asking import Asker
 from snowskin.v1 import admin_pb2, admin_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import TracebackType
-
-    import grpc.aio
+    from collections.abc import Awaitable, Callable, Sequence
 
     from snowskin.kvstore.admin_messages import (
         BlockInfo,
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     )
 
 MAX_PAGE_SIZE = 1000
+Item = TypeVar("Item")
 
 
 def operator_name() -> str:
@@ -43,31 +42,15 @@ def operator_name() -> str:
     return name.encode("ascii", "replace").decode()
 
 
-class NodeAdminClient:
+class NodeAdminClient(Asker):
     """Asks one node; an asynchronous context manager."""
 
+    PEER = "node"
+    STUB = admin_pb2_grpc.NodeAdminStub
+
     def __init__(self, address: str, *, timeout_s: float) -> None:
-        """Connects lazily to `address`, `host:port`; every call gets `timeout_s`."""
-        self.address = address
-        self._timeout_s = timeout_s
-        self._metadata = ((CLIENT_HEADER, operator_name()),)
-        self._channel: grpc.aio.Channel | None = None
-
-    async def __aenter__(self) -> NodeAdminClient:
-        """Opens the channel."""
-        self._channel = open_channel(self.address)
-        self._stub = admin_pb2_grpc.NodeAdminStub(self._channel)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the channel."""
-        if self._channel is not None:
-            await self._channel.close(None)
+        """Connects lazily to `address`, `host:port`; every call gets `timeout_s` and says who asks."""
+        super().__init__(address, timeout_s=timeout_s, metadata=((CLIENT_HEADER, operator_name()),))
 
     async def list_blocks(
         self,
@@ -82,67 +65,45 @@ class NodeAdminClient:
         Raises:
             NodeUnavailable, DeadlineExceeded: the node does not answer.
         """
-        blocks: list[BlockInfo] = []
-        token = b""
-        while len(blocks) < limit:
+
+        async def page(size: int, token: bytes) -> tuple[Sequence[BlockInfo], bytes]:
             request = admin_pb2.ListBlocksRequest(
                 namespace=namespace,
                 key_prefix=key_prefix,
                 leased_only=leased_only,
-                page_size=min(MAX_PAGE_SIZE, limit - len(blocks)),
+                page_size=size,
                 page_token=token,
             )
-            with translating(f"node {self.address}"):
-                answer = await self._stub.ListBlocks(
-                    request, timeout=self._timeout_s, metadata=self._metadata
-                )
-            page = admin_wire.block_page_from(answer, self.address)
-            blocks += page.blocks
-            token = page.next_page_token
-            if not token:
-                break
-        return blocks, bool(token)
+            answer = await self._ask(self._stub.ListBlocks, request)
+            found = admin_wire.block_page_from(answer, self.address)
+            return found.blocks, found.next_page_token
+
+        return await _pages(page, limit)
 
     async def show_block(self, key: bytes, *, namespace: bytes = b"") -> tuple[ShownBlock, ...]:
         """One block in each of its shards, or none; raises as `list_blocks`."""
         request = admin_pb2.ShowBlockRequest(namespace=namespace, key=key)
-        with translating(f"node {self.address}"):
-            answer = await self._stub.ShowBlock(
-                request, timeout=self._timeout_s, metadata=self._metadata
-            )
+        answer = await self._ask(self._stub.ShowBlock, request)
         return admin_wire.shown_from(answer, self.address)
 
     async def list_leases(
         self, *, limit: int, kind: LeaseKind | None = None, client: str = ""
     ) -> tuple[list[LeaseInfo], bool]:
         """At most `limit` leases, and whether there are more; raises as `list_blocks`."""
-        leases: list[LeaseInfo] = []
-        token = b""
-        while len(leases) < limit:
+
+        async def page(size: int, token: bytes) -> tuple[Sequence[LeaseInfo], bytes]:
             request = admin_pb2.ListLeasesRequest(
-                kind=admin_wire.kind_to(kind),
-                client=client,
-                page_size=min(MAX_PAGE_SIZE, limit - len(leases)),
-                page_token=token,
+                kind=admin_wire.kind_to(kind), client=client, page_size=size, page_token=token
             )
-            with translating(f"node {self.address}"):
-                answer = await self._stub.ListLeases(
-                    request, timeout=self._timeout_s, metadata=self._metadata
-                )
-            page = admin_wire.lease_page_from(answer)
-            leases += page.leases
-            token = page.next_page_token
-            if not token:
-                break
-        return leases, bool(token)
+            found = admin_wire.lease_page_from(await self._ask(self._stub.ListLeases, request))
+            return found.leases, found.next_page_token
+
+        return await _pages(page, limit)
 
     async def revoke_lease(self, lease_id: int) -> LeaseInfo:
         """Ends a lease; LeaseUnknown where there is none; raises as `list_blocks`."""
         request = admin_pb2.RevokeLeaseRequest(lease_id=lease_id)
-        with translating(f"node {self.address}"):
-            answer = await self._stub.RevokeLease(
-                request, timeout=self._timeout_s, metadata=self._metadata
-            )
+        answer = await self._ask(self._stub.RevokeLease, request)
         return admin_wire.lease_from(answer.lease)
 
     async def evict(
@@ -153,16 +114,24 @@ class NodeAdminClient:
         if keys:
             column = KeyColumn.of(keys, width=len(keys[0]))
             request.keys.packed, request.keys.width = column.packed, column.width
-        with translating(f"node {self.address}"):
-            answer = await self._stub.Evict(
-                request, timeout=self._timeout_s, metadata=self._metadata
-            )
+        answer = await self._ask(self._stub.Evict, request)
         return admin_wire.evicted_from(answer)
 
     async def drain(self) -> Drained:
         """No new leases from now on; raises as `list_blocks`."""
-        with translating(f"node {self.address}"):
-            answer = await self._stub.Drain(
-                admin_pb2.DrainRequest(), timeout=self._timeout_s, metadata=self._metadata
-            )
+        answer = await self._ask(self._stub.Drain, admin_pb2.DrainRequest())
         return admin_wire.drained_from(answer)
+
+
+async def _pages(
+    page: Callable[[int, bytes], Awaitable[tuple[Sequence[Item], bytes]]], limit: int
+) -> tuple[list[Item], bool]:
+    """At most `limit` items of `page(size, token)`, asked until there is no token; whether there are more."""
+    found: list[Item] = []
+    token = b""
+    while len(found) < limit:
+        items, token = await page(min(MAX_PAGE_SIZE, limit - len(found)), token)
+        found += items
+        if not token:
+            break
+    return found, bool(token)

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
     from snowskin.tools.kvctl.output import KvctlSettings
 
+DEFAULT_LIMIT = 100
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+Command = TypeVar("Command", bound="Callable[..., object] | click.Command")
 ADDRESS = re.compile(r".+:\d{1,5}")
 
 node_option = click.option(
@@ -36,6 +39,17 @@ node_option = click.option(
     metavar="NODE",
     help="Ask this node: host:port, or an id that the conductor knows. Repeatable; without it, every node.",
 )
+
+
+def limit_option(what: str) -> Callable[[Command], Command]:
+    """`--limit`, of a command that lists so many `what` of each node."""
+    return click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        default=DEFAULT_LIMIT,
+        show_default=True,
+        help=f"{what} of each node at most.",
+    )
 
 
 class HexBytes(click.ParamType[bytes]):
@@ -162,3 +176,21 @@ def end_by(answers: Sequence[NodeAnswer[Answer]]) -> None:
         print(f"kvctl: {answer.node}: {answer.error}", file=sys.stderr)
     if failed:
         raise click.exceptions.Exit(1)
+
+
+def listed_document(
+    name: str, answers: Sequence[NodeAnswer[tuple[list[Item], bool]]]
+) -> list[dict[str, object]]:
+    """What nodes listed, as one document: a list called `name` for each, and whether there is more."""
+    return [
+        {"node": a.node, name: a.answer[0], "more": a.answer[1]}
+        for a in answers
+        if a.answer is not None
+    ]
+
+
+def say_more(answers: Sequence[NodeAnswer[tuple[list[Item], bool]]], *, filters: str) -> None:
+    """A line for each node that has more than it listed."""
+    for answer in answers:
+        if answer.answer and answer.answer[1]:
+            print(f"{answer.node} has more: raise --limit, or narrow by {filters}")
