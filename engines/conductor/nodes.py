@@ -149,14 +149,7 @@ class Nodes:
             NodeUnavailable: it cannot be reached.
             DeadlineExceeded: it did not answer within `timeout_s` seconds.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                client = await self._client(address)
-                return await self._asked(address, client.stat())
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"node {address} did not answer within {timeout_s} s", hint="look at its log"
-            ) from error
+        return await self._within(address, timeout_s, lambda client: client.stat())
 
     async def discard(
         self, address: str, *, namespace: bytes, keys: KeyColumn, tail_id: str, timeout_s: float
@@ -167,13 +160,11 @@ class Nodes:
             NodeUnavailable: it cannot be reached.
             DeadlineExceeded: it did not answer within `timeout_s` seconds.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                client = await self._client(address)
-                freed = client.discard(namespace=namespace, keys=keys, tail_id=tail_id)
-                return await self._asked(address, freed)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"node {address} did not answer within {timeout_s} s") from error
+        return await self._within(
+            address,
+            timeout_s,
+            lambda client: client.discard(namespace=namespace, keys=keys, tail_id=tail_id),
+        )
 
     async def keep_only(self, addresses: Collection[str]) -> None:
         """Lets go of nodes that no instance names any more."""
@@ -184,6 +175,21 @@ class Nodes:
         """Closes all connections, and ends attempts at them."""
         self._closed = True
         await self.keep_only(())
+
+    async def _within(
+        self,
+        address: str,
+        timeout_s: float,
+        question: Callable[[NodeClient], Awaitable[_AnswerT]],
+    ) -> _AnswerT:
+        """Connects where it must, and asks; raises as `stat`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._asked(address, question(await self._client(address)))
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"node {address} did not answer within {timeout_s} s", hint="look at its log"
+            ) from error
 
     async def _probe_one(
         self, address: str, namespaces: Sequence[bytes], keys: KeyColumn, timeout_s: float | None
