@@ -17,9 +17,10 @@ from snowskin.kvstore.directory.view import Sync
 from tests.support.clusters import SHAPE
 from tests.support.conductors import conducting, make_tiny_model
 from tests.support.fake_engines import FakeEngine
-from tests.support.watched_node import watched_node
+from tests.support.served_node import served_node
 
 SEED = 41
+BLOCK_NBYTES = 8 << 10  # 128 of them fill the pool
 NAMESPACES = (b"a" * 32, b"b" * 32)
 KEYS = [hashlib.sha256(b"%d" % at).digest() for at in range(300)]
 
@@ -53,12 +54,12 @@ async def test_several_directories_of_one_node_agree_while_it_evicts():
     chance = random.Random(SEED)
     print(f"seed {SEED}")
     async with contextlib.AsyncExitStack() as stack:
-        node = await stack.enter_async_context(watched_node())
+        node = await stack.enter_async_context(served_node())
         early, late = [await stack.enter_async_context(directory()) for _ in range(2)]
         early.want(node.address)
         await agrees(early, node)
         for at in range(60):
-            node.publish(chance.choice(NAMESPACES), chance.sample(KEYS, 10))
+            node.publish_keys(chance.choice(NAMESPACES), chance.sample(KEYS, 10), BLOCK_NBYTES)
             if at == 30:
                 late.want(node.address)
             await asyncio.sleep(0)
@@ -77,16 +78,16 @@ async def test_several_directories_of_one_node_agree_while_it_evicts():
 
 async def test_a_node_that_starts_anew_is_known_anew():
     async with directory() as known:
-        async with watched_node() as first:
-            first.publish(NAMESPACES[0], KEYS[:20])
+        async with served_node() as first:
+            first.publish_keys(NAMESPACES[0], KEYS[:20], BLOCK_NBYTES)
             known.want(first.address)
             await agrees(known, first)
             epoch = known.knowledge(first.address).node_epoch
         port = int(first.address.rpartition(":")[2])
         await until(lambda: known.knowledge(first.address).sync is Sync.SUSPECT)
         assert known.locate(NAMESPACES[:1], KeyColumn.of(KEYS)).bitmaps == {}
-        async with watched_node(port=port) as second:
-            second.publish(NAMESPACES[0], KEYS[10:15])
+        async with served_node(port=port) as second:
+            second.publish_keys(NAMESPACES[0], KEYS[10:15], BLOCK_NBYTES)
             await agrees(known, second)
             assert known.knowledge(first.address).node_epoch != epoch
             presence = known.locate(NAMESPACES[:1], KeyColumn.of(KEYS[:20]))
@@ -106,7 +107,7 @@ HASHES = block_hashes(list(PROMPT.encode()), SHAPE.block_size)
 async def two_nodes_and_a_conductor(model):
     """The engines say that they are on the first node; a fake prefill names what it found."""
     async with contextlib.AsyncExitStack() as stack:
-        nodes = [await stack.enter_async_context(watched_node()) for _ in range(2)]
+        nodes = [await stack.enter_async_context(served_node()) for _ in range(2)]
         engines = [FakeEngine("prefill-0"), FakeEngine("prefill-1"), FakeEngine("decode-0")]
         # However long an answer takes here: what it may take is another test's.
         cluster = await stack.enter_async_context(conducting(model, engines, probe_budget_s=5.0))
@@ -121,8 +122,8 @@ async def two_nodes_and_a_conductor(model):
 
 async def test_a_prefix_on_two_nodes_is_planned_from_both_own_node_first(model):
     async with two_nodes_and_a_conductor(model) as (nodes, cluster, known):
-        nodes[0].publish(SHAPE.namespaces[0], HASHES[:4])
-        nodes[1].publish(SHAPE.namespaces[0], HASHES[4:])
+        nodes[0].publish_keys(SHAPE.namespaces[0], HASHES[:4], BLOCK_NBYTES)
+        nodes[1].publish_keys(SHAPE.namespaces[0], HASHES[4:], BLOCK_NBYTES)
         for node in nodes:
             await agrees(known, node)
         cluster["prefill-0"].num_cached_tokens = 16 * ((len(PROMPT) - 1) // 16)
@@ -137,7 +138,7 @@ async def test_a_prefix_on_two_nodes_is_planned_from_both_own_node_first(model):
 async def test_a_stale_hint_costs_one_plan_and_is_taken_back(model):
     """The node is said to hold what its reader does not find: the next plan does not count on it."""
     async with two_nodes_and_a_conductor(model) as (nodes, cluster, known):
-        nodes[1].publish(SHAPE.namespaces[0], HASHES)
+        nodes[1].publish_keys(SHAPE.namespaces[0], HASHES, BLOCK_NBYTES)
         await agrees(known, nodes[1])
         for number, engine in enumerate(("prefill-1", "prefill-0")):
             cluster[engine].num_cached_tokens = 0
@@ -153,7 +154,7 @@ async def test_a_stale_hint_costs_one_plan_and_is_taken_back(model):
 
 async def test_a_node_that_is_not_in_sync_is_asked_instead(model):
     async with two_nodes_and_a_conductor(model) as (nodes, cluster, known):
-        nodes[1].publish(SHAPE.namespaces[0], HASHES)
+        nodes[1].publish_keys(SHAPE.namespaces[0], HASHES, BLOCK_NBYTES)
         await agrees(known, nodes[1])
         await cluster.served.conductor.nodes.stat(nodes[1].address, timeout_s=5)  # connected
         known.view.suspect(nodes[1].address)

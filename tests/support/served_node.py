@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.messages import CommitRequest, Reserved, ReserveRequest
@@ -11,6 +12,9 @@ from snowskin.kvstore.node.daemon import NodeSettings, make_shell
 from snowskin.kvstore.node.service import StoreService
 from snowskin.kvstore.rpc import serving
 from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 BLOCK = 64
 NAMESPACE = b"N" * 32
@@ -42,26 +46,43 @@ class ServedNode:
         return self.replies.pop()
 
     def publish(self, numbers) -> None:
-        """Commits blocks of these numbers, as one run."""
-        keys = KeyColumn.of([key_of(number) for number in numbers])
-        reserved = self.request(ReserveRequest(namespace=NAMESPACE, keys=keys, block_nbytes=BLOCK))
-        assert isinstance(reserved, Reserved)
-        assert reserved.lease is not None
-        self.request(
-            CommitRequest(
-                lease_id=reserved.lease.id, num_blocks=len(keys), checksums=bytes(4 * len(keys))
-            )
+        """Commits new blocks of these numbers, as one run."""
+        num_new = self.publish_keys(NAMESPACE, [key_of(number) for number in numbers], BLOCK)
+        assert num_new
+
+    def publish_keys(self, namespace: bytes, keys: Iterable[bytes], block_nbytes: int) -> int:
+        """Commits blocks as one run, those that are here already stay; how many are new."""
+        column = KeyColumn.of(keys)
+        reserved = self.request(
+            ReserveRequest(namespace=namespace, keys=column, block_nbytes=block_nbytes)
         )
+        assert isinstance(reserved, Reserved), reserved
+        if reserved.lease is None:
+            return 0
+        count = sum(run.num_blocks for run in reserved.runs)
+        self.request(
+            CommitRequest(lease_id=reserved.lease.id, num_blocks=count, checksums=bytes(4 * count))
+        )
+        return count
 
     @property
     def keys(self) -> set[bytes]:
         """Of all blocks that are here."""
         return {entry.key for entry in self.shell.state.residence.index}
 
+    def blocks(self) -> set[tuple[bytes, bytes]]:
+        """(namespace, key) of all that is here."""
+        index = self.shell.state.residence.index
+        found = set()
+        for namespace in index.namespaces("default"):
+            scope = index.scope("default", namespace)
+            found |= {(namespace, key) for key in (scope.blocks if scope else ())}
+        return found
+
 
 @asynccontextmanager
-async def served_node(**settings):
-    """A node that serves Store and NodeAdmin; drained on leaving."""
+async def served_node(*, port: int = 0, **settings):
+    """A node that serves Store and NodeAdmin, drained on leaving; `port` is the one of a life before."""
     served = ServedNode(**settings)
     async with serving(
         [
@@ -69,7 +90,7 @@ async def served_node(**settings):
             (admin_pb2_grpc.add_NodeAdminServicer_to_server, served.admin),
         ],
         host="127.0.0.1",
-        port=0,
+        port=port,
         service_names=[],
         role="node",
     ) as server:
