@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from snowskin.engines.prefill import PrefillInstance
     from snowskin.engines.registration import Registration
     from snowskin.engines.runner import ModelRunner
+    from snowskin.kvstore.rpc import RpcServer
+    from snowskin.kvstore.tracing import Tracer
 
 WARM_UP_TOKENS = 128
 NODE_WAIT_S = 2.0
@@ -157,9 +159,6 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
     async def connect(address: str) -> StoreClient:
         return await StoreClient.connect(address, client_name=instance_id, verify=verify)
 
-    from snowskin.engines.service import SERVICE_NAME, EngineService
-    from snowskin.v1 import engine_pb2_grpc
-
     async with AsyncExitStack() as stack:
         tracer = stack.enter_context(
             tracer_of(settings, role=settings.role, instance_id=instance_id)
@@ -175,43 +174,14 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
         if engine.decode is not None:
             background.start(engine.decode.run(), "batch")
         metrics = Metrics(settings.role)
-        counts = _counts(engine, metrics)
-        engine.runner.on_step = counts.step_s.observe
-        service = EngineService(
-            instance_id,
-            prefill=engine.prefill,
-            decode=engine.decode,
-            is_node_connected=lambda: link.connected,
-            on_finished=counts.finished,
-        )
-        stack.push_async_callback(service.close)
-        server = await stack.enter_async_context(
-            serving(
-                [(engine_pb2_grpc.add_EngineServicer_to_server, service)],
-                host=settings.host,
-                port=settings.port,
-                service_names=[SERVICE_NAME],
-                role=settings.role,
-                metrics=metrics,
-                tracer=tracer,
-            )
-        )
-
+        server = await _open_server(settings, instance_id, engine, metrics, tracer, stack)
         registration = _registration(settings, instance_id, server.port, engine)
-
-        def check() -> tuple[bool, dict[str, object]]:
-            facts = {"role": settings.role, "id": instance_id, "node_connected": link.connected}
-            facts |= {"node_breaker": str(link.guard.breaker.state)}
-            if registration is not None:
-                facts["conductor_connected"] = registration.connected
-            is_whole = link.usable and (registration is None or registration.connected)
-            return is_whole and not engine.instance.draining, facts
 
         health = await stack.enter_async_context(
             HealthServer(
                 settings.host,
                 settings.http_port,
-                check=check,
+                check=lambda: _health(settings.role, instance_id, engine, registration),
                 metrics=metrics,
                 insecure=settings.insecure,
             )
@@ -231,6 +201,55 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
         await background.until(stop.wait())
         await server.say_draining()
         await _drain(engine.instance, registration, settings.drain_s)
+
+
+async def _open_server(
+    settings: EngineSettings,
+    instance_id: str,
+    engine: _Engine,
+    metrics: Metrics,
+    tracer: Tracer | None,
+    stack: AsyncExitStack,
+) -> RpcServer:
+    """Serves the instance by gRPC, and counts what it does, until `stack` ends."""
+    from snowskin.engines.service import SERVICE_NAME, EngineService
+    from snowskin.v1 import engine_pb2_grpc
+
+    link = engine.link
+    counts = _counts(engine, metrics)
+    engine.runner.on_step = counts.step_s.observe
+    service = EngineService(
+        instance_id,
+        prefill=engine.prefill,
+        decode=engine.decode,
+        is_node_connected=lambda: link.connected,
+        on_finished=counts.finished,
+    )
+    stack.push_async_callback(service.close)
+    return await stack.enter_async_context(
+        serving(
+            [(engine_pb2_grpc.add_EngineServicer_to_server, service)],
+            host=settings.host,
+            port=settings.port,
+            service_names=[SERVICE_NAME],
+            role=settings.role,
+            metrics=metrics,
+            tracer=tracer,
+        )
+    )
+
+
+def _health(
+    role: str, instance_id: str, engine: _Engine, registration: Registration | None
+) -> tuple[bool, dict[str, object]]:
+    """What `/healthz` says."""
+    link = engine.link
+    facts: dict[str, object] = {"role": role, "id": instance_id, "node_connected": link.connected}
+    facts["node_breaker"] = str(link.guard.breaker.state)
+    if registration is not None:
+        facts["conductor_connected"] = registration.connected
+    is_whole = link.usable and (registration is None or registration.connected)
+    return is_whole and not engine.instance.draining, facts
 
 
 async def _open_engine(
