@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snowskin.engines.model.kv_memory import KvMemory
@@ -108,22 +108,15 @@ class OnePiece:
             conversations: the token ids of each from its first to its last, and the positions that were generated
                 greedily. A conversation is read once, however many turns it has.
         """
-        num_tokens = num_rounding = 0
-        wrong: list[str] = []
+        count = _Count()
         for first in range(0, len(conversations), NUM_SIDE_BY_SIDE):
             for index, position, token_id, chosen in self._follow(
                 conversations[first : first + NUM_SIDE_BY_SIDE]
             ):
-                num_tokens += 1
-                if token_id == chosen.token_id:
-                    continue
-                if chosen.is_undecided:
-                    num_rounding += 1
-                else:
-                    wrong.append(
-                        f"conversation {first + index}, position {position}: {token_id}, not {chosen.token_id}"
-                    )
-        return Agreement(num_tokens=num_tokens, num_rounding=num_rounding, wrong=tuple(wrong))
+                count.compare(
+                    f"conversation {first + index}, position {position}", token_id, chosen
+                )
+        return count.agreement()
 
     def _follow(
         self, conversations: Sequence[tuple[Sequence[int], Sequence[range]]]
@@ -161,20 +154,39 @@ def _is_undecided(sampled: SampledToken, std: float, sampling: SamplingParams) -
     return sampled.top_two_margin < ROUNDING_MARGIN * std / ROUNDING_STD
 
 
+@dataclass(slots=True)
+class _Count:
+    """Tokens compared so far."""
+
+    num_tokens: int = 0
+    num_rounding: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    def compare(self, where: str, token_id: int, chosen: Chosen) -> bool:
+        """Whether the token is the one that the model chose."""
+        self.num_tokens += 1
+        if token_id == chosen.token_id:
+            return True
+        if chosen.is_undecided:
+            self.num_rounding += 1
+        else:
+            self.wrong.append(f"{where}: {token_id}, not {chosen.token_id}")
+        return False
+
+    def agreement(self) -> Agreement:
+        """The sum."""
+        return Agreement(
+            num_tokens=self.num_tokens, num_rounding=self.num_rounding, wrong=tuple(self.wrong)
+        )
+
+
 def agreement(answers: Sequence[Sequence[int]], expected: Sequence[Sequence[Chosen]]) -> Agreement:
     """Compares; `wrong` has a sentence for each answer with a difference that nothing explains."""
-    num_tokens = num_rounding = 0
-    wrong = []
+    count = _Count()
     for index, (answer, reference) in enumerate(zip(answers, expected, strict=True)):
         if len(answer) != len(reference):
-            wrong.append(f"answer {index} has {len(answer)} tokens, not {len(reference)}")
+            count.wrong.append(f"answer {index} has {len(answer)} tokens, not {len(reference)}")
         for position, (token_id, chosen) in enumerate(zip(answer, reference, strict=False)):
-            num_tokens += 1
-            if token_id == chosen.token_id:
-                continue
-            if chosen.is_undecided:
-                num_rounding += 1
-            else:
-                wrong.append(f"answer {index}, token {position}: {token_id}, not {chosen.token_id}")
-            break
-    return Agreement(num_tokens=num_tokens, num_rounding=num_rounding, wrong=tuple(wrong))
+            if not count.compare(f"answer {index}, token {position}", token_id, chosen):
+                break
+    return count.agreement()
