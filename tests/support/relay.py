@@ -168,9 +168,9 @@ class RelayCore:
                 nbytes = await self._may_pass(direction, position)
                 part, view = view[:nbytes], view[nbytes:]
                 began_s = self._loop.time()
-                await self._loop.sock_sendall(sink, part)
                 position += len(part)
-                self.passed[direction] += len(part)
+                self.passed[direction] += len(part)  # before, or whoever gets it counts less
+                await self._loop.sock_sendall(sink, part)
                 if self.bytes_per_s:
                     await asyncio.sleep(began_s + len(part) / self.bytes_per_s - self._loop.time())
 
