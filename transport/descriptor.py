@@ -6,9 +6,11 @@ capability is unguessable and never printed; expiry is relative, because two hos
 Layout, big-endian, no padding, nothing behind it:
 
     4  magic "SNRD"           8  nbytes of the region     2  length s of the scheme
-    1  version (1)            8  epoch of the owner       4  length e of the extra part
-    16 capability             8  generation               s  scheme, ASCII
-                              8  seconds to live (float)  e  extra, for the transport itself
+    1  version (2)            8  epoch of the owner       4  length e of the extra part
+    1  flags (1: writable)    8  generation               s  scheme, ASCII
+    16 capability             8  seconds to live (float)  e  extra, for the transport itself
+
+An unknown flag is refused. Which ranges of the region are granted stays with the owner.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from dataclasses import dataclass, field
 
 from snowskin.transport.errors import BadDescriptor
 
-VERSION = 1
+VERSION = 2
 CAPABILITY_NBYTES = 16
 MAX_DESCRIPTOR_NBYTES = 64 * 1024
 
 _MAGIC = b"SNRD"
-_HEAD = struct.Struct(f">4sB{CAPABILITY_NBYTES}sQQQdHI")
+_HEAD = struct.Struct(f">4sBB{CAPABILITY_NBYTES}sQQQdHI")
+_WRITABLE = 1
 _MAX_SCHEME_NBYTES = 32
 _UINT64_END = 1 << 64
 
@@ -46,6 +49,7 @@ class RegionDescriptor:
         epoch: the owner's life; a restarted owner has another.
         generation: how often this memory was given anew within the epoch.
         expires_in_s: life from when the peer asked for it; infinity where it has no end.
+        writable: whether the peer may push.
         extra: what the transport itself needs (addresses, keys), opaque to everybody else.
     """
 
@@ -55,6 +59,7 @@ class RegionDescriptor:
     epoch: int = 0
     generation: int = 0
     expires_in_s: float = math.inf
+    writable: bool = False
     extra: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +83,7 @@ class RegionDescriptor:
         head = _HEAD.pack(
             _MAGIC,
             VERSION,
+            _WRITABLE if self.writable else 0,
             self.capability,
             self.nbytes,
             self.epoch,
@@ -93,7 +99,7 @@ class RegionDescriptor:
         """Parses the wire form; anything else than exactly one descriptor is BadDescriptor."""
         if not _HEAD.size <= len(data) <= MAX_DESCRIPTOR_NBYTES:
             raise BadDescriptor(f"a region descriptor of {len(data)} bytes")
-        magic, version, capability, nbytes, epoch, generation, expires_in_s, s, e = (
+        magic, version, flags, capability, nbytes, epoch, generation, expires_in_s, s, e = (
             _HEAD.unpack_from(data)
         )
         if magic != _MAGIC or version != VERSION:
@@ -101,6 +107,8 @@ class RegionDescriptor:
                 f"not a region descriptor of version {VERSION} (version {version})",
                 hint="run the same release of Snowskin on both sides",
             )
+        if flags & ~_WRITABLE:
+            raise BadDescriptor(f"a region descriptor with unknown flags {flags:#x}")
         if _HEAD.size + s + e != len(data):
             raise BadDescriptor(f"descriptor of {len(data)} bytes declares {_HEAD.size + s + e}")
         scheme = bytes(data[_HEAD.size : _HEAD.size + s])
@@ -111,5 +119,6 @@ class RegionDescriptor:
             epoch=epoch,
             generation=generation,
             expires_in_s=expires_in_s,
+            writable=bool(flags & _WRITABLE),
             extra=bytes(data[_HEAD.size + s :]),
         )

@@ -101,3 +101,21 @@ class LandingQuarantined(TransportError):
 
 class PeerLost(TransportError):
     """The peer died, or the way to it was cut; the region must be attached anew."""
+
+
+class GrantRefused(TransportError):
+    """The owner knows no such grant: forged, taken back, or of another epoch or generation."""
+
+    status = "PERMISSION_DENIED"
+
+
+class BadFrame(TransportError):
+    """A peer sent what the data plane's protocol does not allow; its connection is closed."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class PeerBusy(TransportError):
+    """The owner serves as many connections or requests as it may; nothing was moved."""
+
+    status = "RESOURCE_EXHAUSTED"

@@ -9,26 +9,31 @@ Not a mock: it is what a single process uses to talk to itself, and it is the re
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snowskin.transport.copying import AttachedMemory, CopyingTransport, move_piece
-from snowskin.transport.descriptor import RegionDescriptor, new_capability
 from snowskin.transport.errors import (
     BadDescriptor,
+    GrantRefused,
     PeerLost,
     RegionReadOnly,
     TransferTimedOut,
     TransportClosed,
     TransportError,
 )
-from snowskin.transport.memory import LandingRange, MemoryRegion, region_of
+from snowskin.transport.grants import Completion, Grant
+from snowskin.transport.memory import LandingRange, MemoryRegion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from snowskin.transport.descriptor import RegionDescriptor
+    from snowskin.transport.grants import GrantTable
+    from snowskin.transport.ordered import Order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +55,26 @@ class LoopbackFaults:
 
 
 class LoopbackNetwork:
-    """Where the transports of one process find each other's regions, by capability."""
+    """Where the transports of one process find each other's grants, by capability."""
 
     def __init__(self) -> None:
         """An empty network."""
-        self._granted: dict[bytes, tuple[RegionDescriptor, MemoryRegion]] = {}
+        self._tables: list[GrantTable] = []
 
-    def grant(self, descriptor: RegionDescriptor, region: MemoryRegion) -> None:
-        """Makes `region` reachable under the descriptor's capability."""
-        self._granted[descriptor.capability] = (descriptor, region)
+    def join(self, grants: GrantTable) -> None:
+        """Makes what is granted there reachable."""
+        self._tables.append(grants)
 
-    def find(self, descriptor: RegionDescriptor) -> MemoryRegion:
-        """The owner's region; BadDescriptor for any other descriptor than the one granted."""
-        granted, region = self._granted.get(descriptor.capability, (None, None))
-        if region is None or granted != descriptor:
-            raise BadDescriptor("no region was granted by this descriptor")
-        return region
+    def find(self, descriptor: RegionDescriptor) -> Grant:
+        """The owner's grant; GrantRefused where nobody gave it."""
+        for table in self._tables:
+            with contextlib.suppress(GrantRefused):
+                return table.find(
+                    descriptor.capability,
+                    epoch=descriptor.epoch,
+                    generation=descriptor.generation,
+                )
+        raise GrantRefused("no such grant in this process", hint="it was taken back, or forged")
 
 
 class LoopbackTransport(CopyingTransport):
@@ -81,14 +90,13 @@ class LoopbackTransport(CopyingTransport):
     ) -> None:
         """Joins `network`, or makes one of its own: then it is its own only peer."""
         super().__init__(
-            self.scheme,
             now_s=now_s,
             move=self._move_with_faults,
             inline_nbytes=0,  # a delayed piece must not hold the event loop
             silent_piece_nbytes=0,  # faults count pieces as they were asked for
         )
-        self._clock_s = now_s
         self._network = network or LoopbackNetwork()
+        self._network.join(self.grants)
         self._faults = LoopbackFaults()
         self._num_pieces = 0
         self._released = threading.Event()
@@ -108,54 +116,53 @@ class LoopbackTransport(CopyingTransport):
         for land in late:
             land()
 
-    def register(self, memory: object, *, writable: bool = True) -> MemoryRegion:
-        """Registers host memory without copying."""
-        self.check_open()
-        return region_of(memory, writable=writable)
-
-    def describe(
-        self,
-        region: MemoryRegion,
-        *,
-        epoch: int = 0,
-        generation: int = 0,
-        expires_in_s: float = math.inf,
-    ) -> RegionDescriptor:
-        """Grants the region to whoever brings this descriptor."""
-        self.check_open()
-        if region.closed:
-            raise TransportClosed("a closed region cannot be described")
-        descriptor = RegionDescriptor(
-            scheme=self.scheme,
-            capability=new_capability(),
-            nbytes=region.nbytes,
-            epoch=epoch,
-            generation=generation,
-            expires_in_s=expires_in_s,
-        )
-        self._network.grant(descriptor, region)
-        return descriptor
-
     def attach(
         self,
         descriptor: RegionDescriptor,
         *,
         fd: int | None = None,
+        link_fd: int | None = None,
         writable: bool = False,
         asked_at_s: float | None = None,
         populate: bool = False,
     ) -> AttachedMemory:
-        """Finds the owner's region; `fd` means nothing here."""
-        self.check_open()
-        if descriptor.scheme != self.scheme:
-            raise BadDescriptor(f"a descriptor of {descriptor.scheme!r} came to loopback")
-        owned = self._network.find(descriptor)
-        if owned.closed:
-            raise TransportClosed("the owner closed this region")
-        if writable and not owned.writable:
-            raise RegionReadOnly("the owner registered this region for reading only")
-        memory = MemoryRegion(owned.buffer, owned, writable=writable, shared=owned.shared)
-        return self.keep_attached(descriptor, memory, asked_at_s=asked_at_s, populate=populate)
+        """Finds the owner's grant; descriptors (`fd`, `link_fd`) mean nothing here."""
+        self.check_scheme(descriptor)
+        grant = self._network.find(descriptor)
+        if grant.region.nbytes != descriptor.nbytes:
+            raise BadDescriptor(
+                f"the region has {grant.region.nbytes} bytes, {descriptor.nbytes} were described"
+            )
+        if writable and not grant.descriptor.writable:
+            raise RegionReadOnly("the owner granted this region for reading only")
+        memory = MemoryRegion(
+            grant.region.buffer, grant, writable=writable, shared=grant.region.shared
+        )
+        return self.keep_attached(
+            descriptor,
+            memory,
+            peer="this process",
+            asked_at_s=asked_at_s,
+            populate=populate,
+            tell_owner=functools.partial(_tell, grant),
+        )
+
+    def carry_out(self, order: Order) -> None:
+        """Copies what the owner's grant allows."""
+        grant = order.remote.memory.owner if order.remote.memory is not None else None
+        assert isinstance(grant, Grant), "what is attached here is another's grant"
+        ranges = [(run.remote_offset, run.nbytes) for run in order.runs]
+        try:
+            grant.check(ranges, is_push=not order.is_pull, now_s=self.now_s())
+        except TransportError as error:
+            self.count_refused(error.reason)
+            raise
+        try:
+            super().carry_out(order)
+        except PeerLost:
+            order.remote.lost = True
+            raise
+        self.count_served(sum(nbytes for _, nbytes in ranges))
 
     def close(self) -> None:
         """Closes what is attached and wakes what waits; idempotent."""
@@ -180,17 +187,17 @@ class LoopbackTransport(CopyingTransport):
             raise PeerLost(f"loopback was cut before piece {number}", hint="attach the region anew")
 
         def land() -> None:
-            with _peer_bracket(source), _peer_bracket(target):
+            with _piece_of_peer(source, self.now_s()), _piece_of_peer(target, self.now_s()):
                 move_piece(target, target_offset, source, source_offset, nbytes, deadline_s)
             if number in faults.corrupted:
                 target.buffer[target_offset] ^= 1
 
         if number in faults.lost:
-            self._closing.wait(min(deadline_s - self._clock_s(), threading.TIMEOUT_MAX))
+            self._closing.wait(min(deadline_s - self.now_s(), threading.TIMEOUT_MAX))
             self.check_open()
             raise TransferTimedOut(f"piece {number} of {nbytes} bytes was lost")
         delay_s = faults.delay_s.get(number, 0.0)
-        remaining_s = deadline_s - self._clock_s()
+        remaining_s = deadline_s - self.now_s()
         if delay_s and not self._released.wait(min(delay_s, remaining_s, threading.TIMEOUT_MAX)):
             self.check_open()
             if delay_s > remaining_s:
@@ -215,17 +222,26 @@ class LoopbackTransport(CopyingTransport):
 
 
 @contextlib.contextmanager
-def _peer_bracket(region: MemoryRegion) -> Iterator[None]:
-    """The landing bracket of the owner's own region, where `region` is an attached one."""
-    owned = region.owner
-    if not isinstance(owned, MemoryRegion):
+def _piece_of_peer(region: MemoryRegion, now_s: float) -> Iterator[None]:
+    """The bracket of the owner's grant, where `region` is an attached one."""
+    grant = region.owner
+    if not isinstance(grant, Grant):
         yield
         return
     try:
-        owned.begin_landing()
+        grant.begin_piece(now_s)
     except TransportClosed:
         raise PeerLost("the peer closed this region", hint="attach another replica") from None
     try:
         yield
     finally:
-        owned.end_landing()
+        grant.end_piece()
+
+
+def _tell(grant: Grant, nbytes: int, is_push: bool, note: bytes) -> None:
+    if grant.on_done is not None:
+        grant.on_done(
+            Completion(
+                capability=grant.descriptor.capability, nbytes=nbytes, is_push=is_push, note=note
+            )
+        )

@@ -17,52 +17,51 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snowskin.transport.copying import AttachedMemory, CopyingTransport
-from snowskin.transport.descriptor import RegionDescriptor, new_capability
-from snowskin.transport.errors import BadDescriptor, TransportClosed, TransportUnavailable
-from snowskin.transport.memory import MemoryRegion, map_memfd, region_of
+from snowskin.transport.errors import BadDescriptor, TransportUnavailable
+from snowskin.transport.memory import MemoryRegion, map_memfd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from snowskin.transport.descriptor import RegionDescriptor
+    from snowskin.transport.grants import Completion, Range
 
 
 class ShmTransport(CopyingTransport):
     """Copies between local memory and mapped memfds of peers on this host."""
 
     scheme = "shm"
+    is_one_sided = True
 
     def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
         """Opens the transport; holds nothing until something is attached."""
-        super().__init__(self.scheme, now_s=now_s)
-
-    def register(self, memory: object, *, writable: bool = True) -> MemoryRegion:
-        """Registers host memory without copying; only a `Memfd` can be described to peers."""
-        self.check_open()
-        return region_of(memory, writable=writable)
+        super().__init__(now_s=now_s)
 
     def describe(
         self,
         region: MemoryRegion,
         *,
+        ranges: Sequence[Range] | None = None,
+        writable: bool = False,
         epoch: int = 0,
         generation: int = 0,
         expires_in_s: float = math.inf,
+        on_done: Callable[[Completion], None] | None = None,
     ) -> RegionDescriptor:
         """Grants a memfd's region; the memfd itself travels beside it (SCM_RIGHTS)."""
-        self.check_open()
-        if region.closed:
-            raise TransportClosed("a closed region cannot be described")
-        if not region.shared:
+        if not (region.shared or region.closed):
             raise TransportUnavailable(
                 "this memory belongs to this process alone; a peer cannot map it",
                 hint="register a Memfd to share it over shm",
             )
-        return RegionDescriptor(
-            scheme=self.scheme,
-            capability=new_capability(),
-            nbytes=region.nbytes,
+        return super().describe(
+            region,
+            ranges=ranges,
+            writable=writable,
             epoch=epoch,
             generation=generation,
             expires_in_s=expires_in_s,
+            on_done=on_done,
         )
 
     def attach(
@@ -70,14 +69,13 @@ class ShmTransport(CopyingTransport):
         descriptor: RegionDescriptor,
         *,
         fd: int | None = None,
+        link_fd: int | None = None,
         writable: bool = False,
         asked_at_s: float | None = None,
         populate: bool = False,
     ) -> AttachedMemory:
         """Maps the owner's memfd; `fd` is needed, is not kept, and stays the caller's."""
-        self.check_open()
-        if descriptor.scheme != self.scheme:
-            raise BadDescriptor(f"a descriptor of {descriptor.scheme!r} came to transport shm")
+        self.check_scheme(descriptor)
         if fd is None:
             raise BadDescriptor(
                 "shm attaches a memfd, and none came with the descriptor",
@@ -86,4 +84,6 @@ class ShmTransport(CopyingTransport):
         mapped = map_memfd(fd, descriptor.nbytes, writable=writable)
         buffer = np.frombuffer(mapped, dtype=np.uint8)
         memory = MemoryRegion(buffer, mapped, writable=writable, shared=True)
-        return self.keep_attached(descriptor, memory, asked_at_s=asked_at_s, populate=populate)
+        return self.keep_attached(
+            descriptor, memory, peer="this host", asked_at_s=asked_at_s, populate=populate
+        )

@@ -69,7 +69,7 @@ class Rig:
     def attach(
         self, descriptor: RegionDescriptor | None = None, *, writable: bool = True
     ) -> RemoteRegion:
-        descriptor = descriptor or self.owner.describe(self.owned)
+        descriptor = descriptor or self.owner.describe(self.owned, writable=True)
         return self.reader.attach(descriptor, fd=self.fd, writable=writable)
 
     def close(self) -> None:
@@ -250,7 +250,7 @@ def test_5_deadline_is_looked_at_before_every_piece(rig: Rig) -> None:
 
 
 def test_5_grant_that_ran_out_is_refused_before_and_after_the_bytes(rig: Rig) -> None:
-    remote = rig.attach(rig.owner.describe(rig.owned, expires_in_s=3))
+    remote = rig.attach(rig.owner.describe(rig.owned, writable=True, expires_in_s=3))
 
     def landed(offset: int, nbytes: int) -> None:
         rig.time_s += 4
@@ -462,7 +462,7 @@ def test_8_closed_transport_takes_nothing_new(rig: Rig) -> None:
 
 
 def test_9_descriptor_of_another_size_or_scheme_is_refused(rig: Rig) -> None:
-    descriptor = rig.owner.describe(rig.owned, epoch=3, generation=9)
+    descriptor = rig.owner.describe(rig.owned, writable=True, epoch=3, generation=9)
     for wrong in (
         replace(descriptor, nbytes=NBYTES - 1),
         replace(descriptor, nbytes=2 * NBYTES),

@@ -10,7 +10,7 @@ import pytest
 
 from snowskin.transport.api import RemoteRegion, Run
 from snowskin.transport.errors import (
-    BadDescriptor,
+    GrantRefused,
     LandingQuarantined,
     PeerLost,
     RegionReadOnly,
@@ -122,14 +122,14 @@ def test_owner_that_closes_its_region_is_a_lost_peer(pair: Pair) -> None:
     pair.owned.close()
     with pytest.raises(PeerLost, match="closed"):
         pair.pull()
-    with pytest.raises(TransportClosed):
+    with pytest.raises(GrantRefused):
         pair.transport.attach(descriptor)
 
 
 def test_capability_that_was_not_granted_is_refused(pair: Pair) -> None:
     foreign = LoopbackTransport()
     region = foreign.register(bytearray(10))
-    with pytest.raises(BadDescriptor, match="granted"):
+    with pytest.raises(GrantRefused, match="no such grant"):
         pair.transport.attach(foreign.describe(region))
     foreign.close()
 
