@@ -1,0 +1,277 @@
+"""The ways to one peer: which are alive, how fast each is, how many streams each is worth.
+
+Rules kept here: a path that failed is left alone for a while (0.1 s, doubling up to 10 s), and then
+one request at a time tries it; fall-back paths are used only while no preferred one lives; more
+streams than one only from 16 MiB, and only while they are measurably better. Pure: the caller
+brings the time. Not for several threads at once: the caller's lock guards a `PathSet` together with
+the `Stripes` made from it.
+
+A path begins as alive. `failed` makes it dead until `retry_at_s`; from then it is *due*: offered
+beside the living paths, for a try, never instead of one. `reached` makes it alive again; only bytes
+that land end the doubling of its back-off.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STREAM_COUNTS = (1, 2, 4)
+MANY_STREAMS_FROM_NBYTES = 16 << 20
+MEASURED_FROM_NBYTES = 1 << 20
+
+_UNKNOWN_BYTES_PER_S = 1.25e9  # of a NIC that does not say its speed: 10 Gbit/s
+_NEWEST_WEIGHT = 0.25
+_STREAMS_MUST_GAIN = 1.1
+_NUM_SAMPLES_TO_TRUST = 2
+_TRY_UNKNOWN_EVERY = 8
+_TRY_KNOWN_EVERY = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """One way to a peer, from one of this host's addresses to one of the peer's.
+
+    Attributes:
+        name: unique among the paths to this peer; for logs and `kvctl transports`.
+        local_address: host address to bind before connecting; empty where the kernel may choose.
+        remote_address: `host:port`, or `[host]:port` for IPv6.
+        speed_bytes_per_s: what the NIC says it can do; 0 where it does not say.
+        is_preferred: near to the memory; the others are the fall-back group.
+    """
+
+    name: str
+    local_address: str = ""
+    remote_address: str
+    speed_bytes_per_s: float = 0.0
+    is_preferred: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathLimits:
+    """How long a failed path is left alone, and how long one try of it may take."""
+
+    first_back_off_s: float = 0.1
+    max_back_off_s: float = 10.0
+    try_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathStatistics:
+    """What one path did so far; `retry_in_s` is 0 for a path that may be used now."""
+
+    name: str
+    is_alive: bool
+    retry_in_s: float
+    moved_nbytes: int
+    num_failures: int
+    bytes_per_s: float
+
+
+class StreamChoice:
+    """How many streams a path is worth, by size: one, until more are measurably better.
+
+    Sizes are classes of a factor of four from 16 MiB on. In each, the count in use is kept until
+    another one's average rate is a tenth better; others are tried rarely: every 8th request while
+    one of them was never tried twice, every 64th afterwards.
+    """
+
+    def __init__(self) -> None:
+        """Nothing measured."""
+        self._bytes_per_s: dict[tuple[int, int], float] = {}
+        self._num_samples: dict[tuple[int, int], int] = {}
+        self._num_asked: dict[int, int] = {}
+        self._kept: dict[int, int] = {}
+
+    def num_streams(self, nbytes: int) -> int:
+        """Streams to open for a request that puts `nbytes` on this path: 1, 2 or 4."""
+        if nbytes < MANY_STREAMS_FROM_NBYTES:
+            return 1
+        size_class = _size_class(nbytes)
+        asked = self._num_asked[size_class] = self._num_asked.get(size_class, 0) + 1
+        unknown = [
+            count
+            for count in STREAM_COUNTS
+            if self._num_samples.get((size_class, count), 0) < _NUM_SAMPLES_TO_TRUST
+        ]
+        kept = self._kept.get(size_class, STREAM_COUNTS[0])
+        if unknown and kept in unknown:
+            return kept
+        if unknown and asked % _TRY_UNKNOWN_EVERY == 0:
+            return unknown[0]
+        if asked % _TRY_KNOWN_EVERY == 0:
+            others = [count for count in STREAM_COUNTS if count != kept]
+            return others[asked // _TRY_KNOWN_EVERY % len(others)]
+        return kept
+
+    def measured(self, nbytes: int, *, num_streams: int, seconds: float) -> None:
+        """Says how long `nbytes` took over `num_streams` streams."""
+        if nbytes < MANY_STREAMS_FROM_NBYTES or seconds <= 0:
+            return
+        size_class = _size_class(nbytes)
+        key = (size_class, num_streams)
+        self._bytes_per_s[key] = _averaged(self._bytes_per_s.get(key), nbytes / seconds)
+        self._num_samples[key] = self._num_samples.get(key, 0) + 1
+        kept = self._kept.get(size_class, STREAM_COUNTS[0])
+        trusted = {
+            count: self._bytes_per_s[size_class, count]
+            for count in STREAM_COUNTS
+            if self._num_samples.get((size_class, count), 0) >= _NUM_SAMPLES_TO_TRUST
+        }
+        if kept not in trusted:
+            return
+        best = max(trusted, key=lambda count: trusted[count])
+        if trusted[best] >= trusted[kept] * _STREAMS_MUST_GAIN:
+            self._kept[size_class] = best
+
+
+@dataclass(slots=True)
+class _State:
+    path: Path
+    is_alive: bool = True
+    is_tried: bool = False
+    retry_at_s: float = -math.inf
+    num_failures_in_a_row: int = 0
+    num_failures: int = 0
+    moved_nbytes: int = 0
+    in_flight_nbytes: int = 0
+    measured_bytes_per_s: float | None = None
+    streams: StreamChoice = field(default_factory=StreamChoice)
+
+
+class PathSet:
+    """All ways to one peer, for as long as the peer is known; see the rules above."""
+
+    def __init__(self, paths: Sequence[Path], limits: PathLimits | None = None) -> None:
+        """All paths alive and none measured; their order is the preference among equals."""
+        if not paths:
+            raise ValueError("a peer needs at least one path")
+        self._states = {path.name: _State(path) for path in paths}
+        if len(self._states) != len(paths):
+            raise ValueError(f"paths of one name: {sorted(path.name for path in paths)}")
+        self._limits = limits or PathLimits()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of them, dead or alive."""
+        return tuple(state.path for state in self._states.values())
+
+    def path(self, name: str) -> Path:
+        """The path of this name."""
+        return self._states[name].path
+
+    def alive(self) -> tuple[Path, ...]:
+        """The living preferred paths; without any, the living others."""
+        alive = [state.path for state in self._states.values() if state.is_alive]
+        preferred = tuple(path for path in alive if path.is_preferred)
+        return preferred or tuple(alive)
+
+    def due(self, now_s: float) -> tuple[Path, ...]:
+        """Dead paths that may be tried now: preferred ones, and any while nothing lives."""
+        anything_lives = any(state.is_alive for state in self._states.values())
+        return tuple(
+            state.path
+            for state in self._states.values()
+            if not state.is_alive
+            and state.retry_at_s <= now_s
+            and (state.path.is_preferred or not anything_lives)
+        )
+
+    def least_busy(self) -> Path | None:
+        """The living path that would be through with its bytes first; None where none lives."""
+        return min(
+            self.alive(),
+            key=lambda path: (
+                self._states[path.name].in_flight_nbytes / self.bytes_per_s(path.name),
+                -self.bytes_per_s(path.name),
+            ),
+            default=None,
+        )
+
+    def retry_at_s(self) -> float:
+        """When the next dead path is due; infinity while all live."""
+        dead = (state.retry_at_s for state in self._states.values() if not state.is_alive)
+        return min(dead, default=math.inf)
+
+    def tried(self, name: str, now_s: float) -> None:
+        """A due path is being tried: nobody else tries it until this one's time is over."""
+        state = self._states[name]
+        state.is_tried = True
+        state.retry_at_s = now_s + self._limits.try_s
+
+    def reached(self, name: str) -> None:
+        """A connection stands, and the peer answered on it: the path lives."""
+        state = self._states[name]
+        state.is_alive = True
+        state.is_tried = False
+
+    def failed(self, name: str, now_s: float) -> None:
+        """Could not be reached, or broke; says when it is due. The same break told twice is one."""
+        state = self._states[name]
+        if not state.is_alive and not state.is_tried:
+            return
+        state.is_alive = state.is_tried = False
+        state.num_failures += 1
+        state.num_failures_in_a_row += 1
+        doublings = min(state.num_failures_in_a_row - 1, 32)
+        back_off_s = min(self._limits.first_back_off_s * 2**doublings, self._limits.max_back_off_s)
+        state.retry_at_s = now_s + back_off_s
+
+    def in_flight(self, name: str, nbytes: int) -> None:
+        """Bytes were asked for over this path (or, below 0, will not come any more)."""
+        self._states[name].in_flight_nbytes += nbytes
+
+    def landed(self, name: str, nbytes: int) -> None:
+        """Bytes came: the path lives."""
+        self.reached(name)
+        state = self._states[name]
+        state.num_failures_in_a_row = 0
+        state.moved_nbytes += nbytes
+        state.in_flight_nbytes -= nbytes
+
+    def measured(self, name: str, nbytes: int, *, num_streams: int, seconds: float) -> None:
+        """One request put `nbytes` on this path for `seconds`; small ones say nothing of a rate."""
+        if nbytes < MEASURED_FROM_NBYTES or seconds <= 0:
+            return
+        state = self._states[name]
+        state.measured_bytes_per_s = _averaged(state.measured_bytes_per_s, nbytes / seconds)
+        state.streams.measured(nbytes, num_streams=num_streams, seconds=seconds)
+
+    def bytes_per_s(self, name: str) -> float:
+        """Measured rate, averaged over requests; before the first, what the NIC says."""
+        state = self._states[name]
+        if state.measured_bytes_per_s is not None:
+            return state.measured_bytes_per_s
+        return state.path.speed_bytes_per_s or _UNKNOWN_BYTES_PER_S
+
+    def num_streams(self, name: str, nbytes: int) -> int:
+        """Streams that `nbytes` on this path are worth; one on a path that is being tried."""
+        state = self._states[name]
+        return state.streams.num_streams(nbytes) if state.is_alive else 1
+
+    def statistics(self, now_s: float) -> tuple[PathStatistics, ...]:
+        """One row a path."""
+        return tuple(
+            PathStatistics(
+                name=name,
+                is_alive=state.is_alive,
+                retry_in_s=0.0 if state.is_alive else max(0.0, state.retry_at_s - now_s),
+                moved_nbytes=state.moved_nbytes,
+                num_failures=state.num_failures,
+                bytes_per_s=self.bytes_per_s(name),
+            )
+            for name, state in self._states.items()
+        )
+
+
+def _size_class(nbytes: int) -> int:
+    """0 for 16 to 64 MiB, 1 up to 256 MiB, and so on."""
+    return (nbytes // MANY_STREAMS_FROM_NBYTES).bit_length() // 2 if nbytes else 0
+
+
+def _averaged(old: float | None, new: float) -> float:
+    return new if old is None else old + _NEWEST_WEIGHT * (new - old)
