@@ -42,7 +42,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class TestMemory:
-    """A sealed memfd that the test maps: a seeded pattern where bytes are granted, canaries elsewhere; `with` frees it."""
+    """A sealed memfd that the test maps: a seeded pattern where granted, canaries elsewhere; `with` frees it."""
 
     __test__ = False
 
