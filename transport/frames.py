@@ -295,7 +295,9 @@ def decode_body(head: Head, body: bytes) -> Frame:
         raise BadFrame(f"{kind.name} of {len(body)} bytes is too short") from None
     if body:
         raise BadFrame(f"{kind.name} carries nothing, and {len(body)} bytes came")
-    return {Kind.CLEAR: Clear, Kind.PING: Ping, Kind.PONG: Pong}[kind](op=op)
+    if kind is Kind.CLEAR:
+        return Clear(op=op)
+    return Ping(op=op) if kind is Kind.PING else Pong(op=op)
 
 
 class Parser:
