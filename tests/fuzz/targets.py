@@ -6,13 +6,35 @@ Rules kept here: a target raises nothing for any bytes, but where there is a bug
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.descriptor import RegionDescriptor
-from snowskin.transport.errors import BadDescriptor
+from snowskin.transport.errors import BadDescriptor, BadFrame, OutOfBounds
+from snowskin.transport.frames import (
+    HEAD_NBYTES,
+    MAX_BODY_NBYTES,
+    Ask,
+    Clear,
+    Data,
+    Done,
+    Fail,
+    Frame,
+    Hello,
+    Kind,
+    Parser,
+    Ping,
+    Pong,
+    Welcome,
+    encode,
+)
+from snowskin.transport.grants import GrantedRanges, Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+MAX_FRAME_NBYTES = HEAD_NBYTES + MAX_BODY_NBYTES[Kind.PULL]
 
 
 def descriptor(data: bytes) -> None:
@@ -24,13 +46,131 @@ def descriptor(data: bytes) -> None:
     assert found.to_bytes() == data
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"descriptor": descriptor}
+def addresses(data: bytes) -> None:
+    """The part of a descriptor that says where its owner serves."""
+    try:
+        found = Reachability.from_bytes(data)
+    except BadDescriptor:
+        return
+    assert found.to_bytes() == data
 
+
+def frames(data: bytes) -> None:
+    """A stream of frames says the same however it is cut; the first byte says into what parts."""
+    part_nbytes, stream = (data[0] if data else 0) + 1, data[1:]
+    whole, whole_error = parsed([stream])
+    parts = [stream[at : at + part_nbytes] for at in range(0, len(stream), part_nbytes)]
+    assert parsed(parts) == (whole, whole_error)
+    # What was understood can be said; texts may come back shorter, because what is no UTF-8 was replaced.
+    understood = [frame for frame in whole if not isinstance(frame, bytes)]
+    again, error = parsed([b"".join(map(encode, understood))], with_payload=False)
+    assert error == ""
+    assert [without_text(frame) for frame in again] == [without_text(f) for f in understood]
+
+
+def without_text(frame: Frame | bytes) -> Frame | bytes:
+    if isinstance(frame, Hello):
+        return replace(frame, name="")
+    if isinstance(frame, Fail):
+        return replace(frame, reason="", message="")
+    return frame
+
+
+def parsed(parts: list[bytes], *, with_payload: bool = True) -> tuple[list[Frame | bytes], str]:
+    """All frames and payloads in a stream, and the error that ended it."""
+    found: list[Frame | bytes] = []
+    parser, missing_nbytes, payload = Parser(), 0, b""
+    for part in parts:
+        parser.feed(part)
+        while True:
+            if missing_nbytes:
+                taken = parser.take_payload(missing_nbytes)
+                payload += taken
+                missing_nbytes -= len(taken)
+                if missing_nbytes:
+                    break
+                found.append(payload)
+                payload = b""
+            try:
+                frame = parser.next_frame()
+            except BadFrame as error:
+                return found, str(error)
+            if frame is None:
+                assert parser.num_wanted >= 1
+                assert parser.num_buffered < MAX_FRAME_NBYTES
+                break
+            found.append(frame)
+            if isinstance(frame, Data) and with_payload:
+                missing_nbytes = frame.nbytes
+    return found, ""
+
+
+def grants(data: bytes) -> None:
+    """Ranges of a grant and ranges that are asked for, against a byte-by-byte model; a region of 256 bytes."""
+    num_granted = data[0] % 4 + 1 if data else 1
+    pairs = [Range(*pair) for pair in zip(data[1::2], data[2::2], strict=False)]
+    granted, asked = pairs[:num_granted], pairs[num_granted:]
+    try:
+        held = GrantedRanges(granted, 256)
+    except OutOfBounds:
+        assert not granted or any(n < 1 or at + n > 256 for at, n in granted)
+        return
+    may = {place for at, n in granted for place in range(at, at + n)}
+    for at, n in asked:
+        assert held.contain(at, n) == (n > 0 and may.issuperset(range(at, at + n)))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "descriptor": descriptor,
+    "addresses": addresses,
+    "frames": frames,
+    "grants": grants,
+}
+
+ASK = Ask(
+    is_push=False,
+    op=1,
+    capability=bytes(range(16)),
+    epoch=7,
+    generation=3,
+    timeout_ms=1000,
+    traffic=1,
+    wants_done=True,
+    note=b"",
+    ranges=(Range(0, 4096), Range(8192, 1)),
+)
+FRAMES: list[Frame] = [
+    Hello(min_version=1, max_version=1, heartbeat_ms=1000, name="reader"),
+    Welcome(
+        version=1,
+        epoch=7,
+        max_ranges=4096,
+        max_data_nbytes=1 << 20,
+        idle_timeout_ms=5000,
+        ack_timeout_ms=2000,
+    ),
+    ASK,
+    replace(ASK, is_push=True, note=b"note"),
+    Clear(op=1),
+    Done(op=1, note=b"note"),
+    Fail(op=1, reason="GRANT_REFUSED", retry_after_ms=0, message="no such grant"),
+    Ping(op=2),
+    Pong(op=2),
+]
 # What the fuzzer begins with: well-formed, so that it comes past the first check.
 SEEDS: dict[str, list[bytes]] = {
     "descriptor": [
         RegionDescriptor(
             scheme="tcp", capability=bytes(16), nbytes=4096, writable=True, extra=b"\x01\x02"
         ).to_bytes()
-    ]
+    ],
+    "addresses": [
+        Reachability(addresses=(Address("10.77.0.1", 4711), Address("fd77::1", 4712))).to_bytes()
+    ],
+    "frames": [
+        *(b"\x03" + encode(frame) for frame in FRAMES),
+        b"\xff" + b"".join(map(encode, FRAMES)),
+        b"\x05" + encode(Data(op=1, nbytes=20)) + bytes(20) + encode(Clear(op=1)),
+    ],
+    "grants": [bytes([0, 0, 64, 64, 64, 10, 20]), bytes([1, 0, 10, 10, 10, 5, 10])],
 }

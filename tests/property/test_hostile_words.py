@@ -1,0 +1,33 @@
+"""Any bytes at all, where a peer may say them: refused or understood, never anything else. See tests/fuzz."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from tests.fuzz.targets import SEEDS, TARGETS
+
+ALL = sorted(TARGETS)
+
+
+@st.composite
+def damaged(draw, target):
+    """A well-formed input with some bytes changed, and cut."""
+    data = bytearray(draw(st.sampled_from(SEEDS[target])))
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(data) - 1))
+        data[at] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.integers(0, len(data)))])
+
+
+@pytest.mark.parametrize("target", ALL)
+@given(data=st.data())
+def test_any_bytes_are_refused_or_understood(target, data):
+    TARGETS[target](data.draw(st.binary(max_size=300) | damaged(target)))
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_what_the_fuzzer_begins_with_is_understood(target):
+    for seed in SEEDS[target]:
+        TARGETS[target](seed)
