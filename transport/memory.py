@@ -29,6 +29,7 @@ from snowskin.transport.errors import (
     TransportError,
     TransportUnavailable,
 )
+from snowskin.transport.memory_kind import MemoryKind, cuda_memory, is_tensor, tensor_kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,28 +92,78 @@ class MemoryRegion:
     """Local memory that transfers read from and land in; a context manager that closes.
 
     Attributes:
-        buffer: the memory as uint8, one dimension, sharing the owner's bytes.
+        nbytes: its size.
         owner: what was registered; kept alive until `close`.
         writable: whether bytes may land here.
         shared: whether a memfd backs it, so that peers on this host can map it.
+        kind: who can reach it.
+        device_index: the CUDA device that it lies on; None for host memory.
+        address: where it begins, in this process or on its device.
     """
 
-    __slots__ = ("_gate", "_quarantine", "_view", "buffer", "nbytes", "owner", "shared", "writable")
+    __slots__ = (
+        "_buffer",
+        "_gate",
+        "_quarantine",
+        "_view",
+        "address",
+        "device_index",
+        "kind",
+        "nbytes",
+        "owner",
+        "shared",
+        "writable",
+    )
 
-    def __init__(self, buffer: Bytes, owner: object, *, writable: bool, shared: bool) -> None:
-        """Wraps `buffer`; `region_of` is the way in."""
-        self.buffer: Bytes = buffer
+    def __init__(
+        self,
+        buffer: Bytes,
+        owner: object,
+        *,
+        writable: bool,
+        shared: bool,
+        kind: MemoryKind = MemoryKind.HOST,
+    ) -> None:
+        """Wraps `buffer`, which is host memory; `region_of` is the way in."""
+        self._buffer: Bytes | None = buffer
+        self._view: memoryview | None = buffer.data
+        self.kind = kind
+        self.device_index: int | None = None
+        self.address = int(buffer.__array_interface__["data"][0])
         self.nbytes = int(buffer.nbytes)
         self.owner: object = owner
         self.writable = writable
         self.shared = shared
-        self._view = buffer.data
         self._gate = LandingGate(f"memory region of {self.nbytes} bytes")
         self._quarantine: dict[object, tuple[LandingRange, ...]] = {}
 
+    @classmethod
+    def on_device(
+        cls, owner: object, *, address: int, nbytes: int, device_index: int, writable: bool
+    ) -> Self:
+        """A region of CUDA memory: it has no buffer, only an address."""
+        region = cls(_nothing(), owner, writable=writable, shared=False, kind=MemoryKind.CUDA)
+        region._buffer = region._view = None
+        region.address, region.nbytes, region.device_index = address, nbytes, device_index
+        region._gate.name = f"memory region of {nbytes} bytes on CUDA device {device_index}"
+        return region
+
+    @property
+    def buffer(self) -> Bytes:
+        """The memory as uint8, one dimension, sharing the owner's bytes.
+
+        Raises:
+            TransportUnavailable: it lies on a device, where this process cannot read it.
+        """
+        if self._buffer is None:
+            raise self._unreachable()
+        return self._buffer
+
     @property
     def view(self) -> memoryview:
-        """The same bytes as a memoryview: cheaper than numpy for small slices."""
+        """The same bytes as a memoryview: cheaper than numpy for small slices; raises as `buffer`."""
+        if self._view is None:
+            raise self._unreachable()
         return self._view
 
     @property
@@ -165,8 +216,15 @@ class MemoryRegion:
         if self._gate.close():
             self._quarantine.clear()
             self.owner = None
-            self._view = memoryview(b"")
-            self.buffer = _nothing()
+            if self._buffer is not None:
+                self._view = memoryview(b"")
+                self._buffer = _nothing()
+
+    def _unreachable(self) -> TransportUnavailable:
+        return TransportUnavailable(
+            f"{self.nbytes} bytes on CUDA device {self.device_index} have no host address",
+            hint="use a transport that reaches device memory, or stage them in host memory",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -184,22 +242,33 @@ def region_of(memory: object, *, writable: bool = True) -> MemoryRegion:
     """Registers `memory` in place.
 
     Args:
-        memory: a `Memfd` (mapped whole), a C-contiguous numpy array, a contiguous torch CPU tensor,
-            or any object with a contiguous buffer (mmap, bytearray, memoryview).
+        memory: a `Memfd` (mapped whole), a C-contiguous numpy array, a contiguous torch tensor on
+            CPU or CUDA, any object with a contiguous buffer (mmap, bytearray, memoryview) or with
+            `__cuda_array_interface__`.
         writable: whether bytes may land there; memory that is read-only stays so.
 
     Raises:
-        TransportError: not contiguous, or empty. TransportUnavailable: not host memory.
+        TransportError: not contiguous, or empty. TransportUnavailable: neither host nor CUDA
+            memory.
     """
     if isinstance(memory, Memfd):
         nbytes = os.fstat(memory.fd).st_size
         mapped = map_memfd(memory.fd, nbytes, writable=writable)
         return MemoryRegion(_flat(mapped), mapped, writable=writable, shared=True)
-    source = memory
-    if type(memory).__module__.partition(".")[0] == "torch":
-        source = _tensor_bytes(memory)
-    buffer = _flat(source)
-    return MemoryRegion(buffer, memory, writable=writable and buffer.flags.writeable, shared=False)
+    cuda = cuda_memory(memory)
+    if cuda is not None:
+        return MemoryRegion.on_device(
+            memory,
+            address=cuda.address,
+            nbytes=cuda.nbytes,
+            device_index=cuda.device_index,
+            writable=writable and cuda.writable,
+        )
+    kind = tensor_kind(memory) if is_tensor(memory) else MemoryKind.HOST
+    buffer = _flat(_tensor_bytes(memory) if is_tensor(memory) else memory)
+    return MemoryRegion(
+        buffer, memory, writable=writable and buffer.flags.writeable, shared=False, kind=kind
+    )
 
 
 def map_memfd(fd: int, nbytes: int, *, writable: bool) -> mmap.mmap:
@@ -274,16 +343,10 @@ def populate(buffer: Bytes, *, writable: bool) -> None:
 
 
 def _tensor_bytes(tensor: object) -> Bytes:
-    """The bytes of a torch CPU tensor, shared; torch is imported by whoever made the tensor."""
+    """The bytes of a contiguous torch CPU tensor, shared."""
     import torch
 
-    if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
-        raise TransportUnavailable(
-            f"cannot register {type(tensor).__name__} on {getattr(tensor, 'device', 'no device')}",
-            hint="this build moves host memory; copy to a CPU tensor first",
-        )
-    if not tensor.is_contiguous():
-        raise TransportError("the tensor is not contiguous", hint="register its base tensor")
+    assert isinstance(tensor, torch.Tensor), "tensor_kind looked"
     flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return flat
 

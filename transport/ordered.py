@@ -39,9 +39,11 @@ from snowskin.transport.errors import (
     TransferTimedOut,
     TransportClosed,
     TransportError,
+    TransportUnavailable,
 )
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import MemoryRegion, region_of
+from snowskin.transport.memory_kind import HOST_KINDS
 from snowskin.transport.runs import Run, check_bounds, joined
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ class OrderedTransport(ABC):
 
     scheme: str
     is_one_sided = False
+    memory_kinds = HOST_KINDS  # what can be registered, and moved
 
     def __init__(
         self,
@@ -185,7 +188,9 @@ class OrderedTransport(ABC):
     def register(self, memory: object, *, writable: bool = True) -> MemoryRegion:
         """Registers memory without copying."""
         self.check_open()
-        return region_of(memory, writable=writable)
+        region = region_of(memory, writable=writable)
+        self.check_kind(region)
+        return region
 
     def describe(
         self,
@@ -202,6 +207,7 @@ class OrderedTransport(ABC):
         self.check_open()
         if region.closed:
             raise TransportClosed("a closed region cannot be described")
+        self.check_kind(region)
         if writable and not region.writable:
             raise RegionReadOnly(
                 "memory registered for reading only cannot be granted for writing",
@@ -347,6 +353,15 @@ class OrderedTransport(ABC):
         if self.closed:
             raise TransportClosed(f"transport {self.scheme} is closed")
 
+    def check_kind(self, region: MemoryRegion) -> None:
+        """Raises TransportUnavailable for memory of a kind that this transport cannot reach."""
+        if region.kind not in self.memory_kinds:
+            known = ", ".join(sorted(kind.value for kind in self.memory_kinds))
+            raise TransportUnavailable(
+                f"transport {self.scheme} cannot reach {region.kind.value} memory; it moves {known}",
+                hint="use a transport that reaches it, or stage it in host memory",
+            )
+
     def check_scheme(self, descriptor: RegionDescriptor) -> None:
         """What `attach` begins with."""
         self.check_open()
@@ -434,6 +449,8 @@ class OrderedTransport(ABC):
                 f"the grant ran out {now_s - remote.expires_at_s:.3f} s ago",
                 hint="match again and pull under the new lease",
             )
+        if local.kind not in self.memory_kinds:  # registered with another transport
+            self.check_kind(local)
         target = local if is_pull else remote
         if not target.writable:
             raise RegionReadOnly(

@@ -50,6 +50,7 @@ class ShmTransport(CopyingTransport):
     ) -> RegionDescriptor:
         """Grants a memfd's region; the memfd itself travels beside it (SCM_RIGHTS)."""
         if not (region.shared or region.closed):
+            self.check_kind(region)
             raise TransportUnavailable(
                 "this memory belongs to this process alone; a peer cannot map it",
                 hint="register a Memfd to share it over shm",
