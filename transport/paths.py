@@ -164,6 +164,10 @@ class PathSet:
         """The path of this name."""
         return self._states[name].path
 
+    def is_alive(self, name: str) -> bool:
+        """Whether this path may be used now."""
+        return self._states[name].is_alive
+
     def alive(self) -> tuple[Path, ...]:
         """The living preferred paths; without any, the living others."""
         alive = [state.path for state in self._states.values() if state.is_alive]

@@ -73,7 +73,7 @@ class Stripe:
 @dataclass(slots=True)
 class _OpenLane:
     moved_at_s: float  # last movement, or when it was given work after having had none
-    landed_at_s: float = -math.inf
+    proven_at_s: float = -math.inf  # last bytes, or the handshake: the peer answered here
     waiting: dict[int, Stripe] = field(default_factory=dict)
     landed_nbytes: dict[int, int] = field(default_factory=dict)
 
@@ -158,11 +158,20 @@ class Stripes:
             self._lost -= {lane for lane in self._lost if lane.path == path.name}
             wanted.append(Lane(path.name, 0))
         fresh = tuple(lane for lane in wanted if lane not in self._open and lane not in self._lost)
+        if not fresh and all(self._stands_still(state, now_s) for state in self._open.values()):
+            fresh = self._unused_lanes()
         for lane in fresh:
             self._open[lane] = _OpenLane(moved_at_s=now_s)
         if not self._open:
             raise self._no_path_left(now_s)
         return fresh
+
+    def reached(self, lane: Lane, now_s: float) -> None:
+        """The connection of this lane stands and the peer answered on it: the path lives."""
+        state = self._open.get(lane)
+        if state is not None:
+            state.proven_at_s = now_s
+            self._paths.reached(lane.path)
 
     def take(self, lane: Lane, now_s: float) -> Stripe | None:
         """The next stripe for this lane, or None: nothing is queued now, or the lane was lost.
@@ -203,7 +212,7 @@ class Stripes:
         if nbytes < 1 or landed_nbytes > stripe.nbytes:
             raise ValueError(f"{nbytes} bytes landed, {landed_nbytes} of {stripe.nbytes} in all")
         state.landed_nbytes[stripe.index] = landed_nbytes
-        state.moved_at_s = state.landed_at_s = now_s
+        state.moved_at_s = state.proven_at_s = now_s
         self.landed_nbytes += nbytes
         self._paths.landed(stripe.lane.path, nbytes)
         self._forgiven.discard(stripe.lane)
@@ -250,31 +259,30 @@ class Stripes:
     def stalled(self, now_s: float) -> tuple[Lane, ...]:
         """Lanes that hold stripes and moved nothing for `stall_s`, while another lane could.
 
-        That is: another one landed bytes since, or has landed some and is idle. Nothing is changed
-        by asking: close the connection of each, then say `lost`. Where all lanes that hold
-        stripes stand still and none is idle, it is the peer, and the deadline's matter.
+        That is: another one landed bytes since, or has proven that it can and is idle. Nothing is
+        changed by asking: close the connection of each, then say `lost`. Where all lanes stand
+        still, `lanes_to_open` tells paths that were not used yet; where those do not answer
+        either, it is the peer, and the deadline's matter.
         """
         return tuple(
             lane
             for lane, state in self._open.items()
-            if state.waiting
-            and now_s - state.moved_at_s >= self._stall_s
+            if self._stands_still(state, now_s)
             and any(
-                other.landed_at_s > state.moved_at_s
-                or (other.landed_at_s > -math.inf and not other.waiting)
+                other.proven_at_s > state.moved_at_s
+                or (other.proven_at_s > -math.inf and not other.waiting)
                 for other in self._open.values()
                 if other is not state
             )
         )
 
-    def next_stall_at_s(self) -> float:
-        """When `stalled` is worth asking; infinity while at most one lane is open."""
-        if len(self._open) < 2:
-            return math.inf
-        return min(
-            (state.moved_at_s + self._stall_s for state in self._open.values() if state.waiting),
-            default=math.inf,
+    def next_look_at_s(self, now_s: float) -> float:
+        """When `lanes_to_open` and `stalled` are worth asking though nothing happened; later."""
+        stalls_s = (
+            state.moved_at_s + self._stall_s for state in self._open.values() if state.waiting
         )
+        soonest_s = min(*stalls_s, self._paths.retry_at_s(), now_s + self._stall_s)
+        return soonest_s if soonest_s > now_s else now_s + self._stall_s / 4
 
     def close(self) -> None:
         """Gives up what has not landed, without blame; idempotent. Its connections are closed."""
@@ -301,6 +309,18 @@ class Stripes:
             lanes += [Lane(path.name, stream) for stream in range(self._num_streams[path.name])]
         lanes.sort(key=lambda lane: lane.stream)
         return lanes[: max(1, self.nbytes // self._piece_nbytes)]
+
+    def _unused_lanes(self) -> tuple[Lane, ...]:
+        """Of every living path of either group that has no lane here, the first stream."""
+        used = {lane.path for lane in self._open}
+        return tuple(
+            Lane(path.name, 0)
+            for path in self._paths.paths
+            if path.name not in used and self._paths.is_alive(path.name)
+        )
+
+    def _stands_still(self, state: _OpenLane, now_s: float) -> bool:
+        return bool(state.waiting) and now_s - state.moved_at_s >= self._stall_s
 
     def _forget_lost(self, path: Path | None) -> None:
         """A living path without an open lane was proven by another request: all of it again."""
