@@ -4,7 +4,9 @@ Rules kept here: a lease is one object over any number of extents, never a count
 life from when it sent the request, this table from when it answered, so the holder always stops first. At
 `expires_at_s` a lease is over: it cannot be renewed, nothing is committed under it. What it protected may be
 reused only a grace later, because a holder that checked its clock just before may still be reading. Renewing
-never prolongs a lease beyond `max_life_s` from its grant. Time never runs by itself: the caller brings it.
+never prolongs a lease beyond `max_life_s` from its grant. What was granted elsewhere under a lease (`LeaseGrants`)
+lives with it, and is taken back here before anybody learns that the lease is over: before its room can be another's.
+Time never runs by itself: the caller brings it.
 
 Source: Gray & Cheriton 1989, "Leases: an efficient fault-tolerant mechanism for distributed file cache
 consistency", for what may be promised when a holder is silent.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,8 +41,32 @@ class GrantedLease(Generic[HoldT]):
         return now_s < self.expires_at_s
 
 
+class LeaseGrants(Protocol):
+    """What holders of leases were given beside them, and can use without asking the table: the data plane's grants."""
+
+    def renew(self, lease_id: LeaseId, life_s: float) -> None:
+        """The lease lives `life_s` seconds from now on; without grants under it nothing happens."""
+
+    def take_back(self, lease_id: LeaseId) -> None:
+        """When it returns, nothing can be read or written under the lease any more. Idempotent."""
+
+
+class NoGrants:
+    """Nothing is granted beside leases."""
+
+    def renew(self, lease_id: LeaseId, life_s: float) -> None:
+        """Nothing to renew."""
+
+    def take_back(self, lease_id: LeaseId) -> None:
+        """Nothing to take back."""
+
+
 class LeaseTable(Generic[HoldT]):
-    """The leases of one kind (read or write) on one node."""
+    """The leases of one kind (read or write) on one node.
+
+    Attributes:
+        grants: what else was granted under these leases.
+    """
 
     def __init__(self, *, max_ttl_s: float, grace_s: float, max_life_s: float) -> None:
         """Empty.
@@ -53,6 +79,7 @@ class LeaseTable(Generic[HoldT]):
         self._max_ttl_s = min(max_ttl_s, max_life_s)
         self._grace_s = grace_s
         self._max_life_s = max_life_s
+        self.grants: LeaseGrants = NoGrants()
         self._leases: dict[LeaseId, GrantedLease[HoldT]] = {}
         self._by_session: dict[SessionId, dict[LeaseId, GrantedLease[HoldT]]] = {}
         # (when to look at it again, id); a renewed lease is found early and pushed back.
@@ -97,7 +124,9 @@ class LeaseTable(Generic[HoldT]):
         ttl_s = min(ttl_s, self._max_ttl_s) if ttl_s > 0 else self._max_ttl_s
         last_s = lease.granted_at_s + self._max_life_s
         lease.expires_at_s = max(lease.expires_at_s, min(now_s + ttl_s, last_s))
-        return lease.expires_at_s - now_s
+        life_s = lease.expires_at_s - now_s
+        self.grants.renew(lease_id, life_s)
+        return life_s
 
     def run_out(self, lease_id: LeaseId, now_s: float) -> GrantedLease[HoldT] | None:
         """The lease, whose life ends now if it had not before, so that its grace begins; None where it is gone."""
@@ -105,6 +134,7 @@ class LeaseTable(Generic[HoldT]):
         if lease is not None and lease.is_live(now_s):
             lease.expires_at_s = now_s
             heapq.heappush(self._checks, (now_s + self._grace_s, lease_id))
+            self.grants.take_back(lease_id)
         return lease
 
     def end(self, lease_id: LeaseId) -> GrantedLease[HoldT] | None:
@@ -115,6 +145,7 @@ class LeaseTable(Generic[HoldT]):
             del held[lease_id]
             if not held:
                 del self._by_session[lease.session_id]
+            self.grants.take_back(lease_id)
         return lease
 
     def expired(self, now_s: float) -> list[GrantedLease[HoldT]]:

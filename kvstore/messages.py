@@ -51,12 +51,24 @@ class Run:
 
 
 @value()
+class GrantedRegion:
+    """What a lease opens of one pool: the region descriptors of the transports that node and caller share."""
+
+    pool_id: int
+    descriptors: tuple[bytes, ...]
+
+
+@value()
 class Lease:
-    """A time-bounded right, as granted: its holder counts `ttl_s` from when it sent the request."""
+    """A time-bounded right, as granted: its holder counts `ttl_s` from when it sent the request.
+
+    `regions` are what the data plane serves under it, one a pool.
+    """
 
     id: LeaseId
     ttl_s: float
     capability: bytes = b""
+    regions: tuple[GrantedRegion, ...] = ()
 
 
 # --- requests
@@ -72,7 +84,7 @@ class TailSpec:
 
 @value()
 class ReserveRequest:
-    """Room for the blocks of `keys` (or for a tail) that are new to the node."""
+    """Room for the blocks of `keys` (or for a tail) that are new to the node; `schemes` as in a match."""
 
     namespace: bytes
     keys: KeyColumn
@@ -82,15 +94,20 @@ class ReserveRequest:
     one_reader: bool = False
     ttl_s: float = 0.0
     timeout_s: float = 0.0
+    schemes: tuple[str, ...] = ()
 
 
 @value()
 class CommitRequest:
-    """The next `num_blocks` new blocks of a reservation are complete; `checksums` has 4 bytes for each."""
+    """The next `num_blocks` new blocks of a reservation are complete; `checksums` has 4 bytes for each.
+
+    `schemes` as in a match, for the blocks that are left.
+    """
 
     lease_id: LeaseId
     num_blocks: int
     checksums: bytes
+    schemes: tuple[str, ...] = ()
 
 
 @value()
@@ -110,7 +127,10 @@ class ProbeRequest:
 
 @value()
 class MatchRequest:
-    """The longest gapless run of `keys` in all `namespaces` (or a tail), under a read lease."""
+    """The longest gapless run of `keys` in all `namespaces` (or a tail), under a read lease.
+
+    `schemes` are the transports by which the caller can read, the preferred one first.
+    """
 
     namespaces: tuple[bytes, ...]
     keys: KeyColumn
@@ -119,6 +139,7 @@ class MatchRequest:
     wait_blocks: int = 0
     timeout_s: float = 0.0
     tail_request_id: str = ""
+    schemes: tuple[str, ...] = ()
 
 
 @value()
@@ -174,10 +195,14 @@ class Reserved:
 
 @value()
 class Committed:
-    """Blocks that another writer had committed first, and how many are still to come."""
+    """Blocks that another writer had committed first, and how many are still to come.
+
+    `regions` open what is left: a commit ends those that the lease had brought.
+    """
 
     existing_block_indices: tuple[int, ...]
     num_blocks_left: int
+    regions: tuple[GrantedRegion, ...] = ()
 
 
 @value()
@@ -258,6 +283,7 @@ class NodeStat:
     counters: Mapping[str, int] = field(default_factory=dict)
     draining: bool = False
     door: str = ""
+    transports: tuple[str, ...] = ()
 
 
 ReplyMessage = Reserved | Committed | Aborted | Probed | Matched | Renewed | Released | NodeStat

@@ -22,6 +22,7 @@ from snowskin.kvstore.messages import (
     CommitRequest,
     Committed,
     Complaint,
+    GrantedRegion,
     Greeting,
     Lease,
     LeaseId,
@@ -135,6 +136,7 @@ def _reserve_from(message: store_pb2.ReserveRequest) -> ReserveRequest:
         one_reader=message.one_reader,
         ttl_s=message.ttl_ms / 1000,
         timeout_s=message.timeout_ms / 1000,
+        schemes=tuple(message.schemes),
     )
 
 
@@ -143,6 +145,7 @@ def _commit_from(message: store_pb2.CommitRequest) -> CommitRequest:
         lease_id=LeaseId(message.lease.id),
         num_blocks=message.num_blocks,
         checksums=_checksums_from(message.checksums),
+        schemes=tuple(message.schemes),
     )
 
 
@@ -163,6 +166,7 @@ def _match_from(message: store_pb2.MatchRequest) -> MatchRequest:
         wait_blocks=message.wait_blocks,
         timeout_s=message.timeout_ms / 1000,
         tail_request_id=message.tail_request_id,
+        schemes=tuple(message.schemes),
     )
 
 
@@ -219,6 +223,7 @@ def request_to(request: Request, capability: bytes = b"") -> tuple[str, Message]
                 wait_blocks=request.wait_blocks,
                 timeout_ms=to_ms(request.timeout_s),
                 tail_request_id=request.tail_request_id,
+                schemes=request.schemes,
             )
             _set_keys(match_message.keys, request.keys)
             return "match", match_message
@@ -238,6 +243,7 @@ def request_to(request: Request, capability: bytes = b"") -> tuple[str, Message]
                 one_reader=request.one_reader,
                 ttl_ms=to_ms(request.ttl_s),
                 timeout_ms=to_ms(request.timeout_s),
+                schemes=request.schemes,
             )
             _set_keys(reserve_message.keys, request.keys)
             if request.tail is not None:
@@ -249,6 +255,7 @@ def request_to(request: Request, capability: bytes = b"") -> tuple[str, Message]
                 lease=_ref(request.lease_id, capability),
                 num_blocks=request.num_blocks,
                 checksums=common_pb2.Checksums(algorithm=CRC32C_KEYED, packed=request.checksums),
+                schemes=request.schemes,
             )
         case AbortRequest():
             return "abort", store_pb2.AbortRequest(lease=_ref(request.lease_id, capability))
@@ -290,6 +297,12 @@ def _set_lease(message: common_pb2.Lease, lease: Lease) -> None:
     message.ttl_ms = int(lease.ttl_s * 1000)
     if lease.capability:
         message.capability = lease.capability
+        _add_regions(message.regions, lease.regions)
+
+
+def _add_regions(messages: Any, regions: tuple[GrantedRegion, ...]) -> None:
+    for region in regions:
+        messages.add(pool_id=region.pool_id, descriptors=region.descriptors)
 
 
 def reply_to(reply: ReplyMessage, message: Any) -> None:
@@ -319,6 +332,7 @@ def reply_to(reply: ReplyMessage, message: Any) -> None:
             message.SetInParent()
             message.existing_block_indices.extend(reply.existing_block_indices)
             message.num_blocks_left = reply.num_blocks_left
+            _add_regions(message.regions, reply.regions)
         case Aborted():
             message.SetInParent()
             message.freed_nbytes = reply.freed_nbytes
@@ -357,6 +371,7 @@ def _set_stat(message: store_pb2.StatResponse, stat: NodeStat) -> None:
     message.node_epoch = stat.node_epoch
     message.draining = stat.draining
     message.door = stat.door
+    message.transports.extend(stat.transports)
     for name in _COUNTS:
         setattr(message, name, getattr(stat, name))
     for name, count in stat.counters.items():
@@ -396,7 +411,23 @@ def _lease_from(message: Any) -> Lease | None:
     if not message.HasField("lease"):
         return None
     lease = message.lease
-    return Lease(id=LeaseId(lease.id), ttl_s=lease.ttl_ms / 1000, capability=lease.capability)
+    capability = lease.capability
+    return Lease(
+        id=LeaseId(lease.id),
+        ttl_s=lease.ttl_ms / 1000,
+        capability=capability,
+        # None come by the local door: half a microsecond saved.
+        regions=_regions_from(lease.regions) if capability else (),
+    )
+
+
+def _regions_from(messages: Any) -> tuple[GrantedRegion, ...]:
+    return tuple(
+        [
+            GrantedRegion(pool_id=message.pool_id, descriptors=tuple(message.descriptors))
+            for message in messages
+        ]
+    )
 
 
 # A newer node may know more of them; what it matched is clear without.
@@ -423,6 +454,7 @@ def stat_from(message: store_pb2.StatResponse) -> NodeStat:
         node_epoch=message.node_epoch,
         draining=message.draining,
         door=message.door,
+        transports=tuple(message.transports),
         counters=dict(message.counters),
         pools=tuple(
             PoolStat(
@@ -451,6 +483,7 @@ def reply_from(name: str, message: Any, node_id: str) -> ReplyMessage:
             return Committed(
                 existing_block_indices=tuple(message.existing_block_indices),
                 num_blocks_left=message.num_blocks_left,
+                regions=_regions_from(message.regions),
             )
         case "abort":
             return Aborted(freed_nbytes=message.freed_nbytes)

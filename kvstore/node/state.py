@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.admin_messages import Evicted, LeaseInfo
     from snowskin.kvstore.eviction.api import EvictionPolicy
     from snowskin.kvstore.index.block_index import BlockEntry, BlockId, PlacedSegment
+    from snowskin.kvstore.lease import LeaseGrants
     from snowskin.kvstore.messages import WatchRequest
 
 
@@ -88,6 +89,7 @@ class NodeState:
         self.limits = limits or NodeLimits()
         self.draining = False
         self.door = ""  # where clients of this host come in; for Stat
+        self.transports: tuple[str, ...] = ()  # what the data plane serves; for Stat
         self.sessions = SessionTable()
         self.residence = Residence(
             pools,
@@ -123,6 +125,10 @@ class NodeState:
     def settle_leases_by(self, settle: Callable[[float], None]) -> None:
         """Has `settle(now_s)` called before a cap on leases is applied: it may say what was released meanwhile."""
         self._reading.shares.settle = settle
+
+    def keep_grants_by(self, grants: LeaseGrants) -> None:
+        """Has `grants` renewed with the leases that they are under, and taken back before these are over for others."""
+        self._reading.leases.grants = self._writing.leases.grants = grants
 
     # --- sessions
 
@@ -357,6 +363,7 @@ class NodeState:
             counters=dict(self.residence.counters),
             draining=self.draining,
             door=self.door,
+            transports=self.transports,
         )
 
     @property

@@ -319,6 +319,7 @@ class Writing:
             )
         outcome = Outcome()
         existing: list[int] = []
+        self.leases.grants.take_back(lease.id)  # what is committed is not written any more
         for position, block in enumerate(hold.left[: request.num_blocks]):
             start = position * CHECKSUM_NBYTES
             checksum = request.checksums[start : start + CHECKSUM_NBYTES]

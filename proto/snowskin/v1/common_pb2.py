@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18snowskin/v1/common.proto\x12\x0bsnowskin.v1\"*\n\tKeyColumn\x12\x0e\n\x06packed\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\"N\n\tChecksums\x12\x31\n\talgorithm\x18\x01 \x01(\x0e\x32\x1e.snowskin.v1.ChecksumAlgorithm\x12\x0e\n\x06packed\x18\x02 \x01(\x0c\"n\n\x06\x45xtent\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.snowskin.v1.Tier\x12\x0f\n\x07pool_id\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\"n\n\x03Run\x12#\n\x06\x65xtent\x18\x01 \x01(\x0b\x32\x13.snowskin.v1.Extent\x12\x19\n\x11\x66irst_block_index\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0bshard_index\x18\x04 \x01(\r\"7\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\x12\x12\n\ncapability\x18\x03 \x01(\x0c\"*\n\x08LeaseRef\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\ncapability\x18\x02 \x01(\x0c\"|\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04hint\x18\x04 \x01(\t\x12\x1b\n\x0eretry_after_ms\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_retry_after_ms*\\\n\x11\x43hecksumAlgorithm\x12\"\n\x1e\x43HECKSUM_ALGORITHM_UNSPECIFIED\x10\x00\x12#\n\x1f\x43HECKSUM_ALGORITHM_CRC32C_KEYED\x10\x01*H\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_HBM\x10\x01\x12\r\n\tTIER_DRAM\x10\x02\x12\r\n\tTIER_NVME\x10\x03*^\n\x0b\x43\x61\x63hePolicy\x12\x1c\n\x18\x43\x41\x43HE_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41\x43HE_POLICY_READ_WRITE\x10\x01\x12\x14\n\x10\x43\x41\x43HE_POLICY_OFF\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18snowskin/v1/common.proto\x12\x0bsnowskin.v1\"*\n\tKeyColumn\x12\x0e\n\x06packed\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\"N\n\tChecksums\x12\x31\n\talgorithm\x18\x01 \x01(\x0e\x32\x1e.snowskin.v1.ChecksumAlgorithm\x12\x0e\n\x06packed\x18\x02 \x01(\x0c\"n\n\x06\x45xtent\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.snowskin.v1.Tier\x12\x0f\n\x07pool_id\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\"n\n\x03Run\x12#\n\x06\x65xtent\x18\x01 \x01(\x0b\x32\x13.snowskin.v1.Extent\x12\x19\n\x11\x66irst_block_index\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0bshard_index\x18\x04 \x01(\r\"d\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x02 \x01(\r\x12\x12\n\ncapability\x18\x03 \x01(\x0c\x12+\n\x07regions\x18\x04 \x03(\x0b\x32\x1a.snowskin.v1.GrantedRegion\"5\n\rGrantedRegion\x12\x0f\n\x07pool_id\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65scriptors\x18\x02 \x03(\x0c\"*\n\x08LeaseRef\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\ncapability\x18\x02 \x01(\x0c\"|\n\x0b\x45rrorDetail\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06status\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04hint\x18\x04 \x01(\t\x12\x1b\n\x0eretry_after_ms\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_retry_after_ms*\\\n\x11\x43hecksumAlgorithm\x12\"\n\x1e\x43HECKSUM_ALGORITHM_UNSPECIFIED\x10\x00\x12#\n\x1f\x43HECKSUM_ALGORITHM_CRC32C_KEYED\x10\x01*H\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_HBM\x10\x01\x12\r\n\tTIER_DRAM\x10\x02\x12\r\n\tTIER_NVME\x10\x03*^\n\x0b\x43\x61\x63hePolicy\x12\x1c\n\x18\x43\x41\x43HE_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41\x43HE_POLICY_READ_WRITE\x10\x01\x12\x14\n\x10\x43\x41\x43HE_POLICY_OFF\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'snowskin.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHECKSUMALGORITHM']._serialized_start=616
-  _globals['_CHECKSUMALGORITHM']._serialized_end=708
-  _globals['_TIER']._serialized_start=710
-  _globals['_TIER']._serialized_end=782
-  _globals['_CACHEPOLICY']._serialized_start=784
-  _globals['_CACHEPOLICY']._serialized_end=878
+  _globals['_CHECKSUMALGORITHM']._serialized_start=716
+  _globals['_CHECKSUMALGORITHM']._serialized_end=808
+  _globals['_TIER']._serialized_start=810
+  _globals['_TIER']._serialized_end=882
+  _globals['_CACHEPOLICY']._serialized_start=884
+  _globals['_CACHEPOLICY']._serialized_end=978
   _globals['_KEYCOLUMN']._serialized_start=41
   _globals['_KEYCOLUMN']._serialized_end=83
   _globals['_CHECKSUMS']._serialized_start=85
@@ -46,9 +46,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUN']._serialized_start=277
   _globals['_RUN']._serialized_end=387
   _globals['_LEASE']._serialized_start=389
-  _globals['_LEASE']._serialized_end=444
-  _globals['_LEASEREF']._serialized_start=446
-  _globals['_LEASEREF']._serialized_end=488
-  _globals['_ERRORDETAIL']._serialized_start=490
-  _globals['_ERRORDETAIL']._serialized_end=614
+  _globals['_LEASE']._serialized_end=489
+  _globals['_GRANTEDREGION']._serialized_start=491
+  _globals['_GRANTEDREGION']._serialized_end=544
+  _globals['_LEASEREF']._serialized_start=546
+  _globals['_LEASEREF']._serialized_end=588
+  _globals['_ERRORDETAIL']._serialized_start=590
+  _globals['_ERRORDETAIL']._serialized_end=714
 # @@protoc_insertion_point(module_scope)

@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -76,14 +77,24 @@ class Run(_message.Message):
     def __init__(self, extent: _Optional[_Union[Extent, _Mapping]] = ..., first_block_index: _Optional[int] = ..., num_blocks: _Optional[int] = ..., shard_index: _Optional[int] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("id", "ttl_ms", "capability")
+    __slots__ = ("id", "ttl_ms", "capability", "regions")
     ID_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     id: int
     ttl_ms: int
     capability: bytes
-    def __init__(self, id: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., capability: _Optional[bytes] = ...) -> None: ...
+    regions: _containers.RepeatedCompositeFieldContainer[GrantedRegion]
+    def __init__(self, id: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., capability: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[GrantedRegion, _Mapping]]] = ...) -> None: ...
+
+class GrantedRegion(_message.Message):
+    __slots__ = ("pool_id", "descriptors")
+    POOL_ID_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
+    pool_id: int
+    descriptors: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, pool_id: _Optional[int] = ..., descriptors: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class LeaseRef(_message.Message):
     __slots__ = ("id", "capability")

@@ -20,7 +20,7 @@ WAKE_REASON_TIMEOUT: WakeReason
 WAKE_REASON_WRITER_GONE: WakeReason
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("namespace", "keys", "parent_key", "block_nbytes", "tail", "one_reader", "ttl_ms", "timeout_ms")
+    __slots__ = ("namespace", "keys", "parent_key", "block_nbytes", "tail", "one_reader", "ttl_ms", "timeout_ms", "schemes")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENT_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class ReserveRequest(_message.Message):
     ONE_READER_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    SCHEMES_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     keys: _common_pb2.KeyColumn
     parent_key: bytes
@@ -37,7 +38,8 @@ class ReserveRequest(_message.Message):
     one_reader: bool
     ttl_ms: int
     timeout_ms: int
-    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ..., parent_key: _Optional[bytes] = ..., block_nbytes: _Optional[int] = ..., tail: _Optional[_Union[TailSpec, _Mapping]] = ..., one_reader: bool = ..., ttl_ms: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    schemes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespace: _Optional[bytes] = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ..., parent_key: _Optional[bytes] = ..., block_nbytes: _Optional[int] = ..., tail: _Optional[_Union[TailSpec, _Mapping]] = ..., one_reader: bool = ..., ttl_ms: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., schemes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TailSpec(_message.Message):
     __slots__ = ("request_id", "nbytes")
@@ -56,22 +58,26 @@ class ReserveResponse(_message.Message):
     def __init__(self, lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., runs: _Optional[_Iterable[_Union[_common_pb2.Run, _Mapping]]] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("lease", "num_blocks", "checksums")
+    __slots__ = ("lease", "num_blocks", "checksums", "schemes")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    SCHEMES_FIELD_NUMBER: _ClassVar[int]
     lease: _common_pb2.LeaseRef
     num_blocks: int
     checksums: _common_pb2.Checksums
-    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., num_blocks: _Optional[int] = ..., checksums: _Optional[_Union[_common_pb2.Checksums, _Mapping]] = ...) -> None: ...
+    schemes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, lease: _Optional[_Union[_common_pb2.LeaseRef, _Mapping]] = ..., num_blocks: _Optional[int] = ..., checksums: _Optional[_Union[_common_pb2.Checksums, _Mapping]] = ..., schemes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
-    __slots__ = ("existing_block_indices", "num_blocks_left")
+    __slots__ = ("existing_block_indices", "num_blocks_left", "regions")
     EXISTING_BLOCK_INDICES_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     existing_block_indices: _containers.RepeatedScalarFieldContainer[int]
     num_blocks_left: int
-    def __init__(self, existing_block_indices: _Optional[_Iterable[int]] = ..., num_blocks_left: _Optional[int] = ...) -> None: ...
+    regions: _containers.RepeatedCompositeFieldContainer[_common_pb2.GrantedRegion]
+    def __init__(self, existing_block_indices: _Optional[_Iterable[int]] = ..., num_blocks_left: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[_common_pb2.GrantedRegion, _Mapping]]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("lease",)
@@ -104,7 +110,7 @@ class ProbeResponse(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., present_bitmap: _Optional[bytes] = ..., node_epoch: _Optional[int] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("namespaces", "keys", "max_blocks", "ttl_ms", "wait_blocks", "timeout_ms", "tail_request_id")
+    __slots__ = ("namespaces", "keys", "max_blocks", "ttl_ms", "wait_blocks", "timeout_ms", "tail_request_id", "schemes")
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     MAX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +118,7 @@ class MatchRequest(_message.Message):
     WAIT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     TAIL_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SCHEMES_FIELD_NUMBER: _ClassVar[int]
     namespaces: _containers.RepeatedScalarFieldContainer[bytes]
     keys: _common_pb2.KeyColumn
     max_blocks: int
@@ -119,7 +126,8 @@ class MatchRequest(_message.Message):
     wait_blocks: int
     timeout_ms: int
     tail_request_id: str
-    def __init__(self, namespaces: _Optional[_Iterable[bytes]] = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ..., max_blocks: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_blocks: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., tail_request_id: _Optional[str] = ...) -> None: ...
+    schemes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespaces: _Optional[_Iterable[bytes]] = ..., keys: _Optional[_Union[_common_pb2.KeyColumn, _Mapping]] = ..., max_blocks: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_blocks: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., tail_request_id: _Optional[str] = ..., schemes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MatchResponse(_message.Message):
     __slots__ = ("num_blocks", "lease", "runs", "checksums", "wake_reason", "node_epoch", "num_blocks_withheld")
@@ -180,7 +188,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("node_id", "node_epoch", "pools", "num_blocks", "num_read_leases", "num_write_leases", "num_sessions", "num_waiting_matches", "num_waiting_reserves", "counters", "draining", "door")
+    __slots__ = ("node_id", "node_epoch", "pools", "num_blocks", "num_read_leases", "num_write_leases", "num_sessions", "num_waiting_matches", "num_waiting_reserves", "counters", "draining", "door", "transports")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +208,7 @@ class StatResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     DOOR_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     node_epoch: int
     pools: _containers.RepeatedCompositeFieldContainer[PoolStat]
@@ -212,7 +221,8 @@ class StatResponse(_message.Message):
     counters: _containers.ScalarMap[str, int]
     draining: bool
     door: str
-    def __init__(self, node_id: _Optional[str] = ..., node_epoch: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStat, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_waiting_matches: _Optional[int] = ..., num_waiting_reserves: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ..., door: _Optional[str] = ...) -> None: ...
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, node_id: _Optional[str] = ..., node_epoch: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStat, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_waiting_matches: _Optional[int] = ..., num_waiting_reserves: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ..., door: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PoolStat(_message.Message):
     __slots__ = ("pool_id", "tier", "tenant", "capacity_nbytes", "free_nbytes", "committed_nbytes", "reserved_nbytes", "quarantined_nbytes", "largest_hole_nbytes", "leased_nbytes")
