@@ -1,17 +1,18 @@
 # One screen: what a user or CI can do here. `make` lists it; CONTRIBUTING.md says more.
 # Options: PYTHON=python3.12  TORCH=cpu (PyTorch's own CPU wheel, about 0.2 GB, instead of the default build)
-#          DEMO_FLAGS="--model DIR"  SUITES="unit contract"
+#          DEMO_FLAGS="--model DIR"  SUITES="unit contract"  UCX_PY_FLAGS="--source DIR-OR-URL"
 PYTHON ?= python3
 TORCH ?= default
 DEMO_FLAGS ?=
 SUITES ?=
+UCX_PY_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help setup demo demo-wide protos check test test-nightly bench-smoke up clean
+.PHONY: help setup demo demo-wide protos check test test-nightly test-ucx-py bench-smoke up clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
@@ -55,6 +56,10 @@ test: check ## check, then every suite in order with its seconds
 
 test-nightly: check ## as test, with the soak tests; their numbers go to docs/results
 	NIGHTLY_RESULTS=docs/results HYPOTHESIS_PROFILE=soak $(BIN)/python -m snowskin.tools.suites --nightly $(SUITES)
+
+test-ucx-py: $(STAMP) ## nightly: build ucx-py 0.45 from its source into .venv, and test the transport ucx on it
+	$(BIN)/python -m snowskin.tools.ucx_py $(UCX_PY_FLAGS)
+	$(BIN)/python -m pytest -q tests/contract tests/unit/transport tests/fault -k "ucx or ucp"
 
 bench-smoke: $(STAMP) ## run every benchmark once, briefly: does it work, not how fast
 	$(BIN)/python -m snowskin.tools.bench smoke
