@@ -1,0 +1,555 @@
+"""What an owner says to one reader: the data plane's order, seen from the owner's side. No I/O.
+
+Rules kept here: a request is checked whole before memory is touched, and its grant again around each piece; one
+transfer at a time; whatever the order of `docs/wire.md` §3 does not allow ends the connection with BAD_FRAME; every
+phase but an idle one without limit has a time when it is over; how each transfer ends is counted once.
+
+    GREETING ── HELLO ──→ IDLE ── PULL ──→ SENDING ── last byte ──→ IDLE, or AWAITING_DONE ── DONE ──→ IDLE
+                               └─ PUSH ──→ RECEIVING ── last byte ──→ IDLE
+    any ── breach ──→ LEAVING (the last words are on their way) ──→ OVER
+
+The driver brings bytes (`receive`), sends `out` before anything else, moves payload between stream and memory as
+`transfer` says inside `begin_piece` and `end_piece` of its grant (`sent`, `landed`), and calls `on_due` when
+`due_at_s` has come.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import struct
+from typing import TYPE_CHECKING, Protocol
+
+from snowskin.transport.errors import (
+    BadFrame,
+    TransferTimedOut,
+    TransportClosed,
+    TransportError,
+)
+from snowskin.transport.frames import (
+    HEAD_NBYTES,
+    WIRE_VERSION,
+    Ask,
+    Clear,
+    Done,
+    Fail,
+    Frame,
+    Head,
+    Hello,
+    Kind,
+    Ping,
+    Pong,
+    Welcome,
+    decode_body,
+    decode_head,
+    encode,
+    fail_of,
+)
+from snowskin.transport.grants import Completion
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snowskin.transport.grants import Grant, GrantTable, Range
+    from snowskin.transport.tcp_settings import TcpSettings
+
+FAREWELL_S = 1.0  # how long a peer may take to hear why its connection ends
+MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
+MAX_PINGS = 64  # that come in one go
+
+_log = logging.getLogger("snowskin.transport.tcp")
+_HEAD = struct.Struct(">BBHIQ")
+_DATA = int(Kind.DATA)
+
+
+class Phase(enum.Enum):
+    """Where a connection stands."""
+
+    GREETING = "greeting"
+    IDLE = "idle"
+    SENDING = "sending"
+    AWAITING_DONE = "awaiting done"
+    RECEIVING = "receiving"
+    LEAVING = "leaving"
+    OVER = "over"
+
+
+_ALLOWED = {
+    Phase.GREETING: frozenset({Kind.HELLO}),
+    Phase.IDLE: frozenset({Kind.PULL, Kind.PUSH, Kind.PING}),
+    Phase.SENDING: frozenset(),
+    Phase.AWAITING_DONE: frozenset({Kind.DONE}),
+    Phase.RECEIVING: frozenset(),  # its DATA goes past this, to memory
+}
+
+
+class Ledger(Protocol):
+    """Who counts what peers asked of this owner; an `OrderedTransport` does."""
+
+    def count_served(self, nbytes: int) -> None:
+        """A peer completed a transfer."""
+
+    def count_served_failed(self) -> None:
+        """A peer's transfer ended on the way."""
+
+    def count_refused(self, reason: str) -> None:
+        """A peer was refused something."""
+
+
+class Cursor:
+    """Walks the ranges of a transfer.
+
+    Attributes:
+        left: bytes that have not moved yet.
+    """
+
+    __slots__ = ("_index", "_ranges", "_skip", "left")
+
+    def __init__(self, ranges: Sequence[Range], nbytes: int) -> None:
+        """At the first byte; `nbytes` is the sum of the sizes."""
+        self._ranges = ranges
+        self._index = 0
+        self._skip = 0
+        self.left = nbytes
+
+    def views(self, memory: memoryview, max_nbytes: int) -> list[memoryview]:
+        """The next bytes, at most `max_nbytes` (at most `left`) in at most MAX_VIEWS parts."""
+        index = self._index
+        offset, nbytes = self._ranges[index]
+        offset += self._skip
+        nbytes -= self._skip
+        views = []
+        while nbytes < max_nbytes:
+            views.append(memory[offset : offset + nbytes])
+            if len(views) == MAX_VIEWS:
+                return views
+            max_nbytes -= nbytes
+            index += 1
+            offset, nbytes = self._ranges[index]
+        views.append(memory[offset : offset + max_nbytes])
+        return views
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes have moved."""
+        self.left -= nbytes
+        nbytes += self._skip
+        while self._index < len(self._ranges) and nbytes >= (
+            range_nbytes := self._ranges[self._index][1]
+        ):
+            nbytes -= range_nbytes
+            self._index += 1
+        self._skip = nbytes
+
+
+class ServedTransfer:
+    """One PULL or PUSH under way: which frame, which range, which byte.
+
+    Attributes:
+        ask: what was asked.
+        grant: under which right.
+        nbytes: of the whole.
+        deadline_s: when the peer gives up.
+        moved_at_s: when bytes moved last.
+        frame_left: payload of the frame under way that has not moved.
+    """
+
+    __slots__ = (
+        "_chunk_nbytes",
+        "_cursor",
+        "_head",
+        "_head_view",
+        "_num_head",
+        "ask",
+        "deadline_s",
+        "frame_left",
+        "grant",
+        "moved_at_s",
+        "nbytes",
+    )
+
+    def __init__(
+        self, ask: Ask, grant: Grant, nbytes: int, *, chunk_nbytes: int, now_s: float
+    ) -> None:
+        """At its first byte."""
+        self.ask = ask
+        self.grant = grant
+        self.nbytes = nbytes
+        self.deadline_s = now_s + ask.timeout_ms / 1000
+        self.moved_at_s = now_s
+        self.frame_left = 0
+        self._cursor = Cursor(ask.ranges, nbytes)
+        self._chunk_nbytes = chunk_nbytes
+        self._head = bytearray(HEAD_NBYTES)
+        self._head_view = memoryview(self._head)
+        self._num_head = HEAD_NBYTES if not ask.is_push else 0  # bytes of the head that moved
+
+    @property
+    def left(self) -> int:
+        """Bytes that have not moved."""
+        return self._cursor.left
+
+    @property
+    def between_frames(self) -> bool:
+        """Whether the stream stands at the end of a frame."""
+        return not self.frame_left and self._num_head in (0, HEAD_NBYTES)
+
+    def outgoing(self, memory: memoryview) -> list[memoryview]:
+        """What to send next: at most the rest of one frame."""
+        if not self.frame_left:
+            self.frame_left = min(self._chunk_nbytes, self._cursor.left)
+            _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
+            self._num_head = 0
+        views = self._cursor.views(memory, self.frame_left)
+        if self._num_head < HEAD_NBYTES:
+            views.insert(0, self._head_view[self._num_head :])
+        return views
+
+    def sent(self, nbytes: int) -> bool:
+        """So many bytes of `outgoing` are with the kernel; whether that was the last one."""
+        if self._num_head < HEAD_NBYTES:
+            num_head = min(HEAD_NBYTES - self._num_head, nbytes)
+            self._num_head += num_head
+            nbytes -= num_head
+        self._cursor.advance(nbytes)
+        self.frame_left -= nbytes
+        return not self._cursor.left
+
+    def incoming(self, memory: memoryview) -> list[memoryview]:
+        """Where to receive next: the rest of one frame's payload, and the head of the next one."""
+        left = self.frame_left
+        if not left:
+            return [self._head_view[self._num_head :]]
+        views = self._cursor.views(memory, left)
+        if left < self._cursor.left and len(views) < MAX_VIEWS:
+            views.append(self._head_view)
+        return views
+
+    def landed(self, nbytes: int) -> bool:
+        """So many bytes came into `incoming`; whether that was the last one.
+
+        Raises:
+            BadFrame: what came is not the head of the next DATA.
+        """
+        payload_nbytes = min(nbytes, self.frame_left)
+        self._cursor.advance(payload_nbytes)
+        self.frame_left -= payload_nbytes
+        self._num_head += nbytes - payload_nbytes
+        if self._num_head == HEAD_NBYTES:
+            kind, op, frame_nbytes = decode_head(self._head)
+            most = min(self._chunk_nbytes, self._cursor.left)
+            if kind is not Kind.DATA or op != self.ask.op or not 1 <= frame_nbytes <= most:
+                raise BadFrame(
+                    f"{kind.name} of op {op} with {frame_nbytes} bytes in push {self.ask.op}, "
+                    f"where {most} are the most"
+                )
+            self._num_head = 0
+            self.frame_left = frame_nbytes
+        return not self._cursor.left
+
+
+class ServedConnection:
+    """One reader, as the protocol sees it.
+
+    Attributes:
+        peer: its address, for logs.
+        phase: where it stands.
+        out: bytes that go over the stream before anything else.
+        transfer: the one under way.
+        num_served: transfers completed.
+        news: whom to tell of what was completed, before `out` is sent.
+    """
+
+    __slots__ = (
+        "_grants",
+        "_heard_at_s",
+        "_ledger",
+        "_name",
+        "_partial",
+        "_partial_since_s",
+        "_settings",
+        "_since_s",
+        "_wanted",
+        "news",
+        "num_served",
+        "out",
+        "peer",
+        "phase",
+        "transfer",
+    )
+
+    def __init__(
+        self,
+        grants: GrantTable,
+        settings: TcpSettings,
+        ledger: Ledger,
+        *,
+        peer: str,
+        now_s: float,
+    ) -> None:
+        """Just accepted."""
+        self.peer = peer
+        self.phase = Phase.GREETING
+        self.out = bytearray()
+        self.transfer: ServedTransfer | None = None
+        self.num_served = 0
+        self.news: list[tuple[Grant, Completion]] = []
+        self._grants = grants
+        self._settings = settings
+        self._ledger = ledger
+        self._name = ""
+        self._since_s = now_s  # of this phase
+        self._heard_at_s = now_s
+        self._partial = bytearray()
+        self._partial_since_s = now_s
+        self._wanted = HEAD_NBYTES
+
+    def due_at_s(self) -> float:
+        """When `on_due` must be called, unless something happens before."""
+        settings, transfer = self._settings, self.transfer
+        match self.phase:
+            case Phase.IDLE:
+                if self._partial:
+                    return self._partial_since_s + settings.frame_timeout_s
+                idle_s = settings.idle_timeout_s or math.inf
+                return self._heard_at_s + idle_s
+            case Phase.SENDING | Phase.RECEIVING:
+                assert transfer is not None, "in these phases there is one"
+                return min(transfer.deadline_s, transfer.moved_at_s + settings.frame_timeout_s)
+            case Phase.AWAITING_DONE:
+                assert transfer is not None, "in this phase there is one"
+                return transfer.deadline_s
+            case Phase.GREETING:
+                return self._since_s + settings.hello_timeout_s
+            case Phase.LEAVING:
+                return self._since_s + FAREWELL_S
+        return math.inf
+
+    def receive(self, data: memoryview, now_s: float) -> None:
+        """Bytes came that are no payload."""
+        self._heard_at_s = now_s
+        if self.phase is Phase.LEAVING or self.phase is Phase.OVER:
+            return
+        try:
+            self._parse(data, now_s)
+        except BadFrame as error:
+            self.leave(error, now_s)
+
+    def sent(self, nbytes: int, now_s: float) -> None:
+        """So many bytes of `transfer.outgoing` are with the kernel."""
+        transfer = self.transfer
+        assert transfer is not None, "sent for a transfer"
+        transfer.moved_at_s = now_s
+        if transfer.sent(nbytes):
+            if transfer.ask.wants_done:
+                self._enter(Phase.AWAITING_DONE, now_s)
+            else:
+                self._complete(b"", now_s, tells=False)
+
+    def landed(self, nbytes: int, now_s: float) -> None:
+        """So many bytes came into `transfer.incoming`."""
+        transfer = self.transfer
+        assert transfer is not None, "landed for a transfer"
+        transfer.moved_at_s = now_s
+        try:
+            is_last = transfer.landed(nbytes)
+        except BadFrame as error:
+            self.leave(error, now_s)
+            return
+        if is_last:
+            ask = transfer.ask
+            self._complete(ask.note, now_s, tells=bool(ask.note) or ask.wants_done)
+            self.out += encode(Done(op=ask.op, note=b""))
+
+    def stop(self, error: TransportError, now_s: float) -> None:
+        """The transfer under way ends here: its grant does not carry it any further, or its time is over.
+
+        Between two frames the peer is told; inside one nothing can be said, and the connection is cut.
+        """
+        transfer = self.transfer
+        assert transfer is not None, "only a transfer is stopped"
+        self._ledger.count_refused(error.reason)
+        self._fail()
+        told = fail_of(transfer.ask.op, error)
+        ends = isinstance(error, TransferTimedOut | TransportClosed)
+        if transfer.ask.is_push:
+            self._leave_with(told, now_s)  # its DATA is on the way, and has nowhere to go
+        elif not transfer.between_frames:
+            self._enter(Phase.OVER, now_s)
+        elif ends:
+            self._leave_with(told, now_s)
+        else:
+            self.out += encode(told)
+            self._enter(Phase.IDLE, now_s)
+
+    def leave(self, error: TransportError, now_s: float) -> None:
+        """The connection ends because of `error`; the peer is told where that is possible."""
+        if self.phase is Phase.LEAVING or self.phase is Phase.OVER:
+            return
+        self._ledger.count_refused(error.reason)
+        in_frame = self.phase is Phase.SENDING and not self._between_frames()
+        self._fail()
+        if in_frame:
+            self._enter(Phase.OVER, now_s)
+        else:
+            self._leave_with(fail_of(0, error), now_s)
+
+    def lose(self, now_s: float) -> None:
+        """The peer is gone."""
+        self._fail()
+        self._enter(Phase.OVER, now_s)
+
+    def on_due(self, now_s: float) -> None:
+        """Ends what has waited too long; nothing where it was early."""
+        if now_s < self.due_at_s():
+            return
+        transfer = self.transfer
+        match self.phase:
+            case Phase.GREETING:
+                waited_s = now_s - self._since_s
+                self.leave(BadFrame(f"no whole HELLO within {waited_s:.1f} s"), now_s)
+            case Phase.IDLE if self._partial:
+                waited_s = now_s - self._partial_since_s
+                self.leave(BadFrame(f"a frame did not end within {waited_s:.1f} s"), now_s)
+            case Phase.SENDING | Phase.RECEIVING | Phase.AWAITING_DONE if transfer is not None:
+                if now_s >= transfer.deadline_s:
+                    error = TransferTimedOut(
+                        f"{transfer.left} of {transfer.nbytes} bytes had not moved after "
+                        f"{transfer.ask.timeout_ms} ms"
+                    )
+                else:
+                    error = TransferTimedOut(
+                        f"no byte moved for {now_s - transfer.moved_at_s:.1f} s"
+                    )
+                self.stop(error, now_s)
+            case _:  # silent for too long, or the last words were said
+                self.lose(now_s)
+
+    def _parse(self, data: memoryview, now_s: float) -> None:
+        """Takes all whole frames; keeps the rest."""
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._wanted:
+                return
+            data = memoryview(bytes(self._partial))
+            self._partial.clear()
+        position = num_pings = 0
+        while position < len(data):
+            allowed = _ALLOWED[self.phase]
+            if not allowed:
+                raise BadFrame(f"{len(data) - position} bytes while {self.phase.value}")
+            self._wanted = HEAD_NBYTES
+            if len(data) - position >= HEAD_NBYTES:
+                head = decode_head(data[position : position + HEAD_NBYTES])
+                if head.kind not in allowed:
+                    raise BadFrame(f"{head.kind.name} while {self.phase.value}")
+                self._wanted += head.nbytes
+                if len(data) - position >= self._wanted:
+                    body = data[position + HEAD_NBYTES : position + self._wanted]
+                    position += self._wanted
+                    num_pings += head.kind is Kind.PING
+                    if num_pings > MAX_PINGS:
+                        raise BadFrame(f"more than {MAX_PINGS} PINGs in one go")
+                    self._take(head, bytes(body), is_last=position == len(data), now_s=now_s)
+                    continue
+            self._partial += data[position:]
+            self._partial_since_s = now_s
+            return
+
+    def _take(self, head: Head, body: bytes, *, is_last: bool, now_s: float) -> None:
+        frame: Frame = decode_body(head, body)
+        match frame:
+            case Ask():
+                if not is_last:
+                    raise BadFrame(f"bytes behind {head.kind.name}, before its answer")
+                self._take_ask(frame, now_s)
+            case Ping():
+                self.out += encode(Pong(op=frame.op))
+            case Done():
+                transfer = self.transfer
+                assert transfer is not None, "in this phase there is one"
+                if frame.op != transfer.ask.op:
+                    raise BadFrame(f"DONE of op {frame.op} after pull {transfer.ask.op}")
+                self._complete(frame.note, now_s, tells=True)
+            case Hello():
+                self._greet(frame, now_s)
+            case _:
+                raise AssertionError(f"{frame} passed the table of what is allowed")
+
+    def _greet(self, hello: Hello, now_s: float) -> None:
+        if not hello.min_version <= WIRE_VERSION <= hello.max_version:
+            raise BadFrame(
+                f"versions {hello.min_version} to {hello.max_version} of the data plane were "
+                f"offered, {WIRE_VERSION} is spoken here"
+            )
+        settings = self._settings
+        self._name = hello.name
+        self.out += encode(
+            Welcome(
+                version=WIRE_VERSION,
+                epoch=settings.epoch,
+                max_ranges=settings.max_ranges,
+                max_data_nbytes=settings.chunk_nbytes,
+                idle_timeout_ms=round(1000 * settings.idle_timeout_s),
+                ack_timeout_ms=round(1000 * settings.frame_timeout_s),
+            )
+        )
+        self._enter(Phase.IDLE, now_s)
+
+    def _take_ask(self, ask: Ask, now_s: float) -> None:
+        """Checks a request whole, before anything of the memory is touched."""
+        if len(ask.ranges) > self._settings.max_ranges:
+            raise BadFrame(f"{len(ask.ranges)} ranges, {self._settings.max_ranges} are the most")
+        try:
+            grant = self._grants.find(ask.capability, epoch=ask.epoch, generation=ask.generation)
+            nbytes = grant.check(ask.ranges, is_push=ask.is_push, now_s=now_s)
+        except TransportError as error:
+            self._ledger.count_refused(error.reason)
+            self.out += encode(fail_of(ask.op, error))
+            return
+        self.transfer = ServedTransfer(
+            ask, grant, nbytes, chunk_nbytes=self._settings.chunk_nbytes, now_s=now_s
+        )
+        if ask.is_push:
+            self.out += encode(Clear(op=ask.op))
+        self._enter(Phase.RECEIVING if ask.is_push else Phase.SENDING, now_s)
+
+    def _complete(self, note: bytes, now_s: float, *, tells: bool) -> None:
+        """All bytes of the transfer have moved."""
+        transfer, self.transfer = self.transfer, None
+        assert transfer is not None, "only a transfer is completed"
+        self._heard_at_s = now_s
+        self._enter(Phase.IDLE, now_s)
+        self.num_served += 1
+        self._ledger.count_served(transfer.nbytes)
+        grant = transfer.grant
+        if not tells or grant.on_done is None:
+            return
+        completion = Completion(
+            capability=grant.descriptor.capability,
+            nbytes=transfer.nbytes,
+            is_push=transfer.ask.is_push,
+            note=note,
+        )
+        self.news.append((grant, completion))
+
+    def _between_frames(self) -> bool:
+        return self.transfer is None or self.transfer.between_frames
+
+    def _fail(self) -> None:
+        if self.transfer is not None:
+            self.transfer = None
+            self._ledger.count_served_failed()
+
+    def _leave_with(self, fail: Fail, now_s: float) -> None:
+        _log.info(
+            "connection ends",
+            extra={"peer": self.peer, "reader": self._name, "reason": fail.reason},
+        )
+        self.out += encode(fail)
+        self._partial.clear()
+        self._enter(Phase.LEAVING, now_s)
+
+    def _enter(self, phase: Phase, now_s: float) -> None:
+        self.phase = phase
+        self._since_s = now_s

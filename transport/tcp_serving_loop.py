@@ -1,0 +1,435 @@
+"""One thread that serves many readers: non-blocking streams, epoll, and whose turn it is.
+
+Rules kept here: nothing blocks but the wait for events, and that ends when the next time limit does, never before; the
+memory of a grant is touched inside its bracket alone, and no view of it outlives the bracket; what goes wrong with one
+connection ends that connection and nothing else; descriptors are closed by the thread that serves them.
+
+A turn: wait for events; hear all who said something; then move pieces, of the lowest traffic class first and round
+robin within a class, until a turn's worth of bytes has moved. A stream that takes no more waits until it is writable.
+Between pieces there is no state but the connection's: a peer that does not read holds its connection, and no more.
+
+Memory goes out by `sendmsg`, which has copied when it returns: afterwards the kernel refers to no page of ours.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import heapq
+import itertools
+import logging
+import math
+import os
+import select
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from snowskin.transport.api import TrafficClass
+from snowskin.transport.errors import TransportClosed, TransportError
+from snowskin.transport.tcp_serving import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snowskin.transport.grants import Completion, Grant
+    from snowskin.transport.tcp_admission import Admission
+    from snowskin.transport.tcp_serving import ServedConnection
+    from snowskin.transport.tcp_streams import Stream
+
+HEARD_NBYTES = 128 << 10  # more than the longest frame that is no DATA
+TURN_NBYTES = 1 << 20  # what moves between two looks at who has something to say
+PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
+MAX_EVENTS = 256
+PAUSE_S = 0.05  # after a failure of the loop itself
+
+_IN = select.EPOLLIN
+_OUT = select.EPOLLOUT
+_log = logging.getLogger("snowskin.transport.tcp")
+
+
+class Link:
+    """One connection with its stream, and what the loop knows of it.
+
+    Attributes:
+        stream: non-blocking.
+        served: what is said on it.
+        loop: who serves it.
+        holds_bytes: the stream may have taken more from the kernel than it has handed out (TLS).
+        fd: of the stream.
+        mask: events it is registered for.
+        blocked: the stream took less than there was.
+        queued: it is among those who have a turn.
+        proven: it completed a transfer.
+        shut: this side has said its last words.
+        timer_at_s: the timer that is set for it.
+    """
+
+    __slots__ = (
+        "blocked",
+        "fd",
+        "holds_bytes",
+        "loop",
+        "mask",
+        "proven",
+        "queued",
+        "served",
+        "shut",
+        "stream",
+        "timer_at_s",
+    )
+
+    def __init__(
+        self, stream: Stream, served: ServedConnection, loop: ServingLoop, *, holds_bytes: bool
+    ) -> None:
+        """Not yet adopted."""
+        self.stream = stream
+        self.served = served
+        self.loop = loop
+        self.holds_bytes = holds_bytes
+        self.fd = stream.fileno()
+        self.mask = 0
+        self.blocked = False
+        self.queued = False
+        self.proven = False
+        self.shut = False
+        self.timer_at_s = math.inf
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transfer is under way."""
+        return self.served.transfer is not None
+
+
+class Turns:
+    """Who may move a piece next: the lowest traffic class, and within it who waits longest."""
+
+    def __init__(self) -> None:
+        """Nobody."""
+        self._queues: tuple[collections.deque[Link], ...] = tuple(
+            collections.deque() for _ in TrafficClass
+        )
+        self._num = 0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return self._num
+
+    def add(self, link: Link) -> None:
+        """Behind the others of its class; nothing where it waits already or has nothing to move."""
+        if not link.queued and link.served.transfer is not None:
+            link.queued = True
+            self._num += 1
+            self._queues[link.served.transfer.ask.traffic].append(link)
+
+    def next(self) -> Link:
+        """The first; there must be one."""
+        for queue in self._queues:
+            if queue:
+                self._num -= 1
+                link = queue.popleft()
+                link.queued = False
+                return link
+        raise AssertionError("nobody has a turn")
+
+
+class ServingLoop:
+    """Serves the connections that it is given, on a thread of its own."""
+
+    def __init__(
+        self, name: str, admission: Admission[Link], *, now_s: Callable[[], float]
+    ) -> None:
+        """Starts no thread yet."""
+        self.num_errors = 0
+        self._admission = admission
+        self._now_s = now_s
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake_fd, _IN)
+        self._lock = threading.Lock()  # guards the life of _wake_fd
+        self._inbox: collections.deque[Callable[[], None]] = collections.deque()
+        self._links: dict[int, Link] = {}
+        self._listeners: dict[int, tuple[socket.socket, Callable[[socket.socket], None]]] = {}
+        self._turns = Turns()
+        self._timers: list[tuple[float, int, Link | Callable[[], None]]] = []
+        self._timer_number = itertools.count()
+        self._heard_view = memoryview(bytearray(HEARD_NBYTES))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    @property
+    def num_links(self) -> int:
+        """Connections open now."""
+        return len(self._links)
+
+    def start(self) -> None:
+        """Begins to serve."""
+        self._thread.start()
+
+    def call(self, work: Callable[[], None]) -> bool:
+        """Lets the loop's thread do `work`; from any thread. False where it serves no more."""
+        with self._lock:
+            if self._wake_fd < 0:
+                return False
+            self._inbox.append(work)
+            with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+                os.eventfd_write(self._wake_fd, 1)
+            return True
+
+    def close(self) -> None:
+        """Ends all connections, closes what it was given and waits for the thread. Idempotent.
+
+        On the loop's own thread it does not wait: the thread ends with the turn.
+        """
+        self._stopped.set()
+        if self._thread.ident is None:
+            self._finish()
+            return
+        self.call(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # From here on: on the loop's thread only (or before it was started).
+
+    def listen(self, listener: socket.socket, ready: Callable[[socket.socket], None]) -> None:
+        """Calls `ready` whenever somebody waits at a non-blocking listener; it is closed with the loop."""
+        self._listeners[listener.fileno()] = (listener, ready)
+        self._epoll.register(listener.fileno(), _IN)
+
+    def pause(self, listener: socket.socket, pause_s: float) -> None:
+        """Lets those at a listener wait for a while."""
+        self._epoll.modify(listener.fileno(), 0)
+        heapq.heappush(
+            self._timers,
+            (
+                self._now_s() + pause_s,
+                next(self._timer_number),
+                lambda: self._epoll.modify(listener.fileno(), _IN),
+            ),
+        )
+
+    def adopt(self, link: Link) -> None:
+        """Serves a connection from now on."""
+        self._links[link.fd] = link
+        link.mask = _IN
+        self._epoll.register(link.fd, _IN)
+        self._set_timer(link)
+
+    def drop(self, link: Link, error: TransportError) -> None:
+        """Ends a connection and tells why."""
+        if self._links.get(link.fd) is link:
+            link.served.leave(error, self._now_s())
+            self._guarded(self._settle, link)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                try:
+                    self._turn()
+                except Exception:  # noqa: BLE001  a bug must not end the service for all
+                    self._count_error("serving failed")
+                    self._stopped.wait(PAUSE_S)
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Ends what is under way with a word to the peer, and closes all descriptors."""
+        self._do_inbox()
+        now_s = self._now_s()
+        for link in list(self._links.values()):
+            if link.served.transfer is not None:
+                error = TransportClosed("the owner is closing", hint="pull from another replica")
+                link.served.stop(error, now_s)
+                with contextlib.suppress(OSError):
+                    link.stream.send(link.served.out)
+            self._close(link)
+        for listener, _ in self._listeners.values():
+            listener.close()
+        self._epoll.close()
+        with self._lock:
+            if self._wake_fd >= 0:
+                os.close(self._wake_fd)
+            self._wake_fd = -1
+        self._do_inbox()  # what came before the lock
+
+    def _do_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _turn(self) -> None:
+        for fd, events in self._epoll.poll(self._wait_s(), MAX_EVENTS):
+            link = self._links.get(fd)
+            if link is not None:
+                self._guarded(self._on_event, link, events)
+            elif fd == self._wake_fd:
+                os.eventfd_read(fd)
+                self._do_inbox()
+            elif fd in self._listeners:
+                listener, ready = self._listeners[fd]
+                ready(listener)
+        budget_nbytes = TURN_NBYTES
+        while self._turns and budget_nbytes > 0:
+            budget_nbytes -= PIECE_COST_NBYTES + self._guarded(self._move, self._turns.next())
+        if self._timers:
+            self._ring(self._now_s())
+
+    def _wait_s(self) -> float:
+        if self._turns:
+            return 0
+        if not self._timers:
+            return -1
+        return max(0.0, self._timers[0][0] - self._now_s())  # epoll rounds up to milliseconds
+
+    def _guarded(self, work: Callable[..., int], link: Link, *values: int) -> int:
+        """Does something for one connection; what goes wrong ends that connection and nothing else."""
+        try:
+            return work(link, *values)
+        except OSError:  # reset, timed out, unreachable, broken TLS: the peer is gone
+            pass
+        except Exception:  # noqa: BLE001  a bug met by one reader is not the end for all
+            self._count_error("serving a connection failed", peer=link.served.peer)
+        self._close(link)
+        return 0
+
+    def _on_event(self, link: Link, events: int) -> int:
+        served = link.served
+        if events & _OUT:
+            link.blocked = False
+        if served.phase is Phase.RECEIVING and not served.out:
+            self._turns.add(link)
+            return 0
+        if events & ~_OUT:
+            self._hear(link)
+        return self._settle(link)
+
+    def _hear(self, link: Link) -> None:
+        """Takes what a peer said that is no payload."""
+        served = link.served
+        while True:
+            try:
+                nbytes = link.stream.recv_into(self._heard_view)
+            except BlockingIOError:
+                return
+            now_s = self._now_s()
+            if not nbytes:
+                served.lose(now_s)
+                return
+            served.receive(self._heard_view[:nbytes], now_s)
+            if not link.holds_bytes or served.transfer is not None:
+                return
+
+    def _move(self, link: Link) -> int:
+        """Moves one piece of a transfer; its bytes."""
+        served = link.served
+        transfer = served.transfer
+        if transfer is None or link.blocked:
+            return 0
+        now_s = self._now_s()
+        if now_s >= transfer.deadline_s:
+            served.on_due(now_s)
+            return self._settle(link)
+        try:
+            transfer.grant.begin_piece(now_s)
+        except TransportError as error:
+            served.stop(error, now_s)
+            return self._settle(link)
+        is_sending = served.phase is Phase.SENDING
+        wanted_nbytes = nbytes = 0
+        try:
+            memory = transfer.grant.region.view
+            if is_sending:
+                parts = transfer.outgoing(memory)
+                wanted_nbytes = sum(map(len, parts))
+                nbytes = link.stream.sendmsg(parts)
+            else:
+                parts = transfer.incoming(memory)
+                wanted_nbytes = sum(map(len, parts))
+                nbytes = link.stream.recvmsg_into(parts)[0]
+                if not nbytes:
+                    served.lose(now_s)
+        except BlockingIOError:
+            wanted_nbytes = 1
+        finally:
+            memory = parts = None  # type: ignore[assignment]  # no view outlives the bracket
+            transfer.grant.end_piece()
+        if nbytes:
+            if is_sending:
+                served.sent(nbytes, now_s)
+            else:
+                served.landed(nbytes, now_s)
+        if is_sending:
+            link.blocked = nbytes < wanted_nbytes
+        elif nbytes == wanted_nbytes or (nbytes and link.holds_bytes):
+            self._turns.add(link)
+        self._settle(link)
+        return nbytes
+
+    def _settle(self, link: Link) -> int:
+        """What has to follow after something happened to a connection."""
+        served = link.served
+        while served.news:
+            self._tell(link, *served.news.pop(0))
+        if served.out and not link.blocked:
+            self._say(link)
+        if served.phase is Phase.OVER:
+            self._close(link)
+            return 0
+        if served.phase is Phase.LEAVING and not (served.out or link.shut):
+            link.shut = True
+            link.stream.shutdown(socket.SHUT_WR)
+        if served.num_served and not link.proven:
+            link.proven = True
+            self._admission.prove(link)
+        if not link.blocked and (served.phase is Phase.SENDING or link.holds_bytes):
+            self._turns.add(link)
+        mask = _OUT if served.out else _IN | _OUT if link.blocked else _IN
+        if mask != link.mask:
+            link.mask = mask
+            self._epoll.modify(link.fd, mask)
+        self._set_timer(link)
+        return 0
+
+    def _say(self, link: Link) -> None:
+        """Sends what goes before everything else, as far as the stream takes it."""
+        out = link.served.out
+        with contextlib.suppress(BlockingIOError):
+            del out[: link.stream.send(out)]
+        link.blocked = bool(out)
+
+    def _tell(self, link: Link, grant: Grant, completion: Completion) -> None:
+        try:
+            if grant.on_done is not None:
+                grant.on_done(completion)
+        except Exception:  # noqa: BLE001  what the owner does with the news is not the reader's fault
+            self._count_error("on_done failed", peer=link.served.peer)
+
+    def _set_timer(self, link: Link) -> None:
+        due_at_s = link.served.due_at_s()
+        if due_at_s < link.timer_at_s:
+            link.timer_at_s = due_at_s
+            heapq.heappush(self._timers, (due_at_s, next(self._timer_number), link))
+
+    def _ring(self, now_s: float) -> None:
+        """Serves the timers that are due."""
+        while self._timers and self._timers[0][0] <= now_s:
+            at_s, _, who = heapq.heappop(self._timers)
+            if not isinstance(who, Link):
+                who()
+            elif at_s == who.timer_at_s and self._links.get(who.fd) is who:
+                who.timer_at_s = math.inf
+                who.served.on_due(now_s)
+                self._guarded(self._settle, who)
+
+    def _close(self, link: Link) -> None:
+        if self._links.get(link.fd) is not link:
+            return
+        del self._links[link.fd]
+        link.served.lose(self._now_s())
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(link.fd)  # a forked child may still hold the descriptor
+        link.stream.close()
+        self._admission.leave(link)
+
+    def _count_error(self, what: str, **fields: str) -> None:
+        self.num_errors += 1
+        _log.exception(what, extra=fields)
