@@ -39,6 +39,8 @@ class Path:
     Attributes:
         name: unique among the paths to this peer; for logs and `kvctl transports`.
         local_address: host address to bind before connecting; empty where the kernel may choose.
+        local_device: NIC to bind the socket to (SO_BINDTODEVICE), where this host has two in one
+            network and so the address alone would not decide which one sends; else empty.
         remote_address: `host:port`, or `[host]:port` for IPv6.
         speed_bytes_per_s: what the NIC says it can do; 0 where it does not say.
         is_preferred: near to the memory; the others are the fall-back group.
@@ -46,6 +48,7 @@ class Path:
 
     name: str
     local_address: str = ""
+    local_device: str = ""
     remote_address: str
     speed_bytes_per_s: float = 0.0
     is_preferred: bool = True
