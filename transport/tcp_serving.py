@@ -64,24 +64,23 @@ _DATA = int(Kind.DATA)
 
 
 class Phase(enum.Enum):
-    """Where a connection stands."""
+    """Where a connection stands.
 
-    GREETING = "greeting"
-    IDLE = "idle"
-    SENDING = "sending"
-    AWAITING_DONE = "awaiting done"
-    RECEIVING = "receiving"
-    LEAVING = "leaving"
-    OVER = "over"
+    Attributes:
+        allowed: the frames that may come now; the DATA of a push goes past this, to memory.
+    """
 
+    GREETING = "greeting", (Kind.HELLO,)
+    IDLE = "idle", (Kind.PULL, Kind.PUSH, Kind.PING)
+    SENDING = "sending", ()
+    AWAITING_DONE = "awaiting done", (Kind.DONE,)
+    RECEIVING = "receiving", ()
+    LEAVING = "leaving", ()
+    OVER = "over", ()
 
-_ALLOWED = {
-    Phase.GREETING: frozenset({Kind.HELLO}),
-    Phase.IDLE: frozenset({Kind.PULL, Kind.PUSH, Kind.PING}),
-    Phase.SENDING: frozenset(),
-    Phase.AWAITING_DONE: frozenset({Kind.DONE}),
-    Phase.RECEIVING: frozenset(),  # its DATA goes past this, to memory
-}
+    def __init__(self, text: str, allowed: tuple[Kind, ...]) -> None:
+        self.text = text
+        self.allowed = allowed
 
 
 class Ledger(Protocol):
@@ -435,14 +434,14 @@ class ServedConnection:
             self._partial.clear()
         position = num_pings = 0
         while position < len(data):
-            allowed = _ALLOWED[self.phase]
-            if not allowed:
-                raise BadFrame(f"{len(data) - position} bytes while {self.phase.value}")
+            phase = self.phase
+            if not phase.allowed:
+                raise BadFrame(f"{len(data) - position} bytes while {phase.text}")
             self._wanted = HEAD_NBYTES
             if len(data) - position >= HEAD_NBYTES:
                 head = decode_head(data[position : position + HEAD_NBYTES])
-                if head.kind not in allowed:
-                    raise BadFrame(f"{head.kind.name} while {self.phase.value}")
+                if head.kind not in phase.allowed:
+                    raise BadFrame(f"{head.kind.name} while {phase.text}")
                 self._wanted += head.nbytes
                 if len(data) - position >= self._wanted:
                     body = data[position + HEAD_NBYTES : position + self._wanted]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 HEARD_NBYTES = 128 << 10  # more than the longest frame that is no DATA
 TURN_NBYTES = 1 << 20  # what moves between two looks at who has something to say
 PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
+SMALL_NBYTES = 64 << 10  # what such a transfer moves goes at once, whatever waits
 MAX_EVENTS = 256
 PAUSE_S = 0.05  # after a failure of the loop itself
 
@@ -300,6 +301,9 @@ class ServingLoop:
             return 0
         if events & ~_OUT:
             self._hear(link)
+            transfer = served.transfer
+            if transfer is not None and transfer.nbytes <= SMALL_NBYTES and not served.out:
+                return self._move(link)  # over sooner than it could be put in order
         return self._settle(link)
 
     def _hear(self, link: Link) -> None:

@@ -150,7 +150,7 @@ FRAMES: list[Frame] = [
         ack_timeout_ms=2000,
     ),
     ASK,
-    replace(ASK, is_push=True, note=b"note"),
+    ASK._replace(is_push=True, note=b"note"),
     Clear(op=1),
     Done(op=1, note=b"note"),
     Fail(op=1, reason="GRANT_REFUSED", retry_after_ms=0, message="no such grant"),
