@@ -11,32 +11,33 @@ from typing import TYPE_CHECKING
 from snowskin.transport.errors import TransportUnavailable
 from snowskin.transport.loopback import LoopbackTransport
 from snowskin.transport.shm import ShmTransport
+from snowskin.transport.tcp import open_tcp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from snowskin.transport.api import Transport
 
-TRANSPORTS: dict[str, Callable[[], Transport]] = {
+TRANSPORTS: dict[str, Callable[..., Transport]] = {
     "loopback": LoopbackTransport,
     "shm": ShmTransport,
+    "tcp": open_tcp,
 }
 
 NOT_IN_THIS_BUILD = {
-    "tcp": "between hosts, read through the store's Read stream",
-    "ucx": "on one host use shm; between hosts, read through the store's Read stream",
+    "ucx": "on one host use shm, between hosts tcp",
 }
 
 
-def open_transport(scheme: str) -> Transport:
-    """A new transport of this scheme; the caller closes it.
+def open_transport(scheme: str, **settings: object) -> Transport:
+    """A new transport of this scheme, by its own settings; the caller closes it.
 
     Raises:
         TransportUnavailable: the name is unknown, or known but not in this build.
     """
     factory = TRANSPORTS.get(scheme)
     if factory is not None:
-        return factory()
+        return factory(**settings)
     if scheme in NOT_IN_THIS_BUILD:
         raise TransportUnavailable(
             f"transport {scheme} is not in this build", hint=NOT_IN_THIS_BUILD[scheme]

@@ -97,6 +97,8 @@ class TcpSettings:
         pong_timeout_s: after so long without PONG the connection is given up.
         max_streams: connections that one request uses on one path.
         max_connections_to_peer: open at once to one owner, over all paths.
+        max_idle_connections_to_peer: kept open for the next transfers.
+        max_idle_s: after so long without a transfer a connection is closed.
         max_nbytes_in_flight: asked of one owner at once.
     """
 
@@ -128,6 +130,8 @@ class TcpSettings:
     pong_timeout_s: float = 2.0
     max_streams: int = 4
     max_connections_to_peer: int = 16
+    max_idle_connections_to_peer: int = 8
+    max_idle_s: float = 60.0
     max_nbytes_in_flight: int = 256 << 20
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from snowskin.kvstore.pool.arena import Arena
+from snowskin.transport.addresses import Address
 from snowskin.transport.api import RemoteRegion, Run, TrafficClass, Transport
 from snowskin.transport.copying import INLINE_NBYTES
 from snowskin.transport.descriptor import RegionDescriptor
@@ -32,6 +33,8 @@ from snowskin.transport.errors import (
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import Memfd, MemoryRegion
 from snowskin.transport.shm import ShmTransport
+from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp_settings import TcpSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,6 +66,11 @@ class Rig:
 
         if self.scheme == "shm":
             return ShmTransport(now_s=now_s), ShmTransport(now_s=now_s)
+        if self.scheme == "tcp":
+            here = TcpSettings(listen=(Address("127.0.0.1", 0),))
+            return TcpTransport(here, now_s=now_s), TcpTransport(
+                now_s=now_s, inline_nbytes=INLINE_NBYTES
+            )
         network = LoopbackNetwork()
         return LoopbackTransport(network, now_s=now_s), LoopbackTransport(network, now_s=now_s)
 
@@ -81,7 +89,7 @@ class Rig:
         self.arena.close()
 
 
-@pytest.fixture(params=["loopback", "shm"])
+@pytest.fixture(params=["loopback", "shm", "tcp"])
 def scheme(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -463,13 +471,19 @@ def test_8_closed_transport_takes_nothing_new(rig: Rig) -> None:
 
 def test_9_descriptor_of_another_size_or_scheme_is_refused(rig: Rig) -> None:
     descriptor = rig.owner.describe(rig.owned, writable=True, epoch=3, generation=9)
-    for wrong in (
-        replace(descriptor, nbytes=NBYTES - 1),
-        replace(descriptor, nbytes=2 * NBYTES),
-        replace(descriptor, scheme="carrier-pigeon"),
-    ):
-        with pytest.raises(BadDescriptor):
-            rig.attach(wrong)
+    with pytest.raises(BadDescriptor):
+        rig.attach(replace(descriptor, scheme="carrier-pigeon"))
+    for wrong_nbytes in (NBYTES - 1, 2 * NBYTES):
+        wrong = replace(descriptor, nbytes=wrong_nbytes)
+        if rig.scheme != "tcp":
+            with pytest.raises(BadDescriptor):
+                rig.attach(wrong)
+            continue
+        # The owner alone knows the size; it refuses what is not there.
+        remote = rig.attach(wrong)
+        with pytest.raises(OutOfBounds):
+            rig.reader.pull(remote, rig.local, [Run(NBYTES - 9, 0, 10)], deadline_s=FAR_S)
+        remote.close()
     assert rig.reader.statistics().num_attached == 0
     remote = rig.attach(RegionDescriptor.from_bytes(descriptor.to_bytes()))
     assert remote.descriptor == descriptor

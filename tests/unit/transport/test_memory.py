@@ -187,8 +187,7 @@ def test_registry_opens_what_it_knows_and_says_what_is_missing() -> None:
         transport = open_transport(scheme)
         assert transport.scheme == scheme
         transport.close()
-    for scheme in ("tcp", "ucx"):
-        with pytest.raises(TransportUnavailable, match=f"{scheme} is not in this build"):
-            open_transport(scheme)
-    with pytest.raises(TransportUnavailable, match="loopback, shm"):
+    with pytest.raises(TransportUnavailable, match="ucx is not in this build"):
+        open_transport("ucx")
+    with pytest.raises(TransportUnavailable, match="loopback, shm, tcp"):
         open_transport("smoke-signals")

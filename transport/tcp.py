@@ -1,0 +1,413 @@
+"""`tcp`: between hosts; the owner checks and sends, the reader lets land.
+
+Rules kept here: attaching waits for nobody, the first transfer connects; a caller's thread moves its own bytes, and an
+event loop its own small ones; what broke before the owner had said anything is tried once more on a new connection, and
+what broke half-way goes on once, on a new one.
+
+`docs/wire.md` is what both sides say. The owner's side is `tcp_owner.py`, and is there where settings say where to
+listen; the reader's is `tcp_reader.py` over `tcp_connections.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from snowskin.transport.addresses import Address, Reachability
+from snowskin.transport.errors import (
+    BadFrame,
+    PeerLost,
+    RegionReadOnly,
+    TransferCancelled,
+    TransportError,
+    TransportUnavailable,
+)
+from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
+from snowskin.transport.runs import joined
+from snowskin.transport.tcp_connection import WAIT_S
+from snowskin.transport.tcp_connections import Connections, Link
+from snowskin.transport.tcp_owner import TcpOwner
+from snowskin.transport.tcp_reader import Job, check_note, pull, push
+from snowskin.transport.tcp_settings import TcpSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from snowskin.transport.api import TransferReport, TransportStatistics
+    from snowskin.transport.descriptor import RegionDescriptor
+    from snowskin.transport.memory import MemoryRegion
+    from snowskin.transport.tcp_connection import Connection
+
+INLINE_NBYTES = 1 << 20
+NUM_THREADS = 16
+LOOP_WAIT_S = 1.0
+
+
+class AttachedTcpRegion(AttachedRegion):
+    """An owner's region, and the way to it."""
+
+    __slots__ = ("_leave", "link")
+
+    def __init__(
+        self,
+        descriptor: RegionDescriptor,
+        link: Link,
+        *,
+        writable: bool,
+        expires_at_s: float,
+        forget: Callable[[AttachedRegion], None],
+        leave: Callable[[AttachedTcpRegion], None],
+    ) -> None:
+        """`leave` ends the transfers that use it."""
+        super().__init__(
+            descriptor,
+            peer=link.peer,
+            writable=writable,
+            expires_at_s=expires_at_s,
+            forget=forget,
+        )
+        self.link = link
+        self._leave = leave
+
+    def close(self) -> None:
+        """Ends the attachment, and transfers under way. Idempotent."""
+        if not self.closed:
+            super().close()
+            self._leave(self)
+
+
+class TcpTransport(OrderedTransport):
+    """Reads from owners over TCP and, where it listens, is one."""
+
+    scheme = "tcp"
+
+    def __init__(
+        self,
+        settings: TcpSettings | None = None,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+        inline_nbytes: int = INLINE_NBYTES,
+    ) -> None:
+        """Listens where `settings` say so; connects to nobody yet.
+
+        Args:
+            settings: `TcpSettings()` where None: a reader alone.
+            now_s: the clock of deadlines and lives.
+            inline_nbytes: up to how many bytes `pull_async` stays on the event loop.
+
+        Raises:
+            TransportUnavailable: an address cannot be bound, or TLS's files do not fit.
+        """
+        super().__init__(now_s=now_s, inline_nbytes=0)
+        self._settings = settings or TcpSettings()
+        self._loop_nbytes = inline_nbytes
+        self._connections = Connections(self._settings)
+        self._connecting: concurrent.futures.ThreadPoolExecutor | None = None
+        self._owner: TcpOwner | None = None
+        if self._settings.listen:
+            self._owner = TcpOwner(self.grants, self._settings, self, now_s=now_s)
+
+    def descriptor_extra(self, region: MemoryRegion) -> bytes:
+        """Where this owner is reached."""
+        if self._owner is None:
+            raise TransportUnavailable(
+                "this tcp transport only reads: it listens nowhere, so no peer can reach it",
+                hint="say in its settings where to `listen`",
+            )
+        return self._owner.reachability.to_bytes()
+
+    def attach(
+        self,
+        descriptor: RegionDescriptor,
+        *,
+        fd: int | None = None,
+        link_fd: int | None = None,
+        writable: bool = False,
+        asked_at_s: float | None = None,
+        populate: bool = False,
+    ) -> AttachedTcpRegion:
+        """Keeps the way to the owner; descriptors (`fd`, `link_fd`) and `populate` mean nothing here."""
+        self.check_scheme(descriptor)
+        reachability = Reachability.from_bytes(descriptor.extra)
+        if reachability.tls != (self._settings.tls is not None):
+            raise TransportUnavailable(
+                f"the owner at {reachability.addresses[0]} speaks "
+                f"{'TLS alone' if reachability.tls else 'no TLS, and this side nothing else'}",
+                hint="give `tls` to both sides, or to none",
+            )
+        if writable and not descriptor.writable:
+            raise RegionReadOnly("the owner granted this region for reading only")
+        asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
+        region = AttachedTcpRegion(
+            descriptor,
+            self._connections.link(reachability),
+            writable=writable,
+            expires_at_s=asked_at_s + descriptor.expires_in_s,
+            forget=self.forget,
+            leave=self._leave,
+        )
+        self.keep(region)
+        return region
+
+    def carry_out(self, order: Order) -> None:
+        """Moves all bytes of an order on the calling thread."""
+        job = self._job(order)
+        if not job.runs:
+            return
+        link = _link(order)
+        nbytes = sum(run[2] for run in job.runs)
+        charge = link.gate.try_enter(nbytes) or self._wait_at_gate(link, job, nbytes)
+        try:
+            self._carry_over(link, job)
+        finally:
+            link.gate.leave(charge)
+
+    async def transfer_async(self, order: Order) -> TransferReport:
+        """Carries an order out: small pulls on this event loop, all else in a worker thread."""
+        if not order.is_pull or sum(run[2] for run in order.runs) >= self._loop_nbytes:
+            return await super().transfer_async(order)
+        try:
+            started_s = self.now_s()
+            nbytes = self.check_order(order, started_s)
+            await self._carry_out_async(order)
+            return self.completed(order, nbytes, started_s)
+        except TransportError as error:
+            self.count_failure(error)
+            raise
+        except asyncio.CancelledError:
+            self.count_failure(TransferCancelled("cancelled by the caller"))
+            raise
+
+    def statistics(self) -> TransportStatistics:
+        """The counters, as of now."""
+        num_served = 0 if self._owner is None else self._owner.num_connections
+        return dataclasses.replace(
+            super().statistics(),
+            num_connections=self._connections.num_open + num_served,
+            num_connected=self._connections.keeper.num_connected,
+            num_peers_lost=self._connections.keeper.num_peers_lost,
+        )
+
+    def close(self) -> None:
+        """Ends the owner's side, all connections and all threads. Idempotent."""
+        self.closed = True
+        if self._owner is not None:
+            self._owner.close()
+        self._connections.close()
+        with self._lock:
+            threads, self._connecting = self._connecting, None
+        if threads is not None:
+            threads.shutdown(wait=True)
+        super().close()
+
+    # One transfer.
+
+    def _job(self, order: Order) -> Job:
+        check_note(order)
+        runs = order.runs if order.landed is not None or len(order.runs) < 2 else joined(order.runs)
+        return Job(order, runs, now_s=self.now_s, is_closed=lambda: self.closed)
+
+    def _wait_at_gate(self, link: Link, job: Job, nbytes: int) -> int:
+        entered = threading.Event()
+        ticket = link.gate.wait(nbytes, job.order.traffic, entered.set)
+        try:
+            while not entered.wait(min(WAIT_S, max(0.001, job.check()))):
+                pass
+        except BaseException:
+            link.gate.give_up(ticket)
+            raise
+        return ticket.nbytes
+
+    def _carry_over(self, link: Link, job: Job) -> None:
+        """Over one connection, and in its place another where that broke."""
+        path = link.path_names[0]
+        tries = _Tries(job)
+        connection = link.take_idle(path, job) or link.connect(path, job)
+        _interrupt_on_cancel(link, job)
+        while True:
+            try:
+                _drive(connection, job)
+                break
+            except PeerLost as error:
+                link.discard(connection)
+                tries.check(error, connection)
+            except BaseException as error:
+                link.give_back(connection)
+                _name_peer(error, link)
+                raise
+            connection = link.connect(path, job)
+        link.give_back(connection)
+
+    async def _carry_out_async(self, order: Order) -> None:
+        """As `carry_out`, without waiting in the kernel; only connecting needs a thread."""
+        job = self._job(order)
+        if not job.runs:
+            return
+        link = _link(order)
+        nbytes = sum(run[2] for run in job.runs)
+        charge = link.gate.try_enter(nbytes) or await self._wait_at_gate_async(link, job, nbytes)
+        try:
+            path = link.path_names[0]
+            tries = _Tries(job)
+            connection = link.take_idle(path, job) or await self._connect_async(link, path, job)
+            _interrupt_on_cancel(link, job)
+            while True:
+                try:
+                    await _drive_async(connection, job)
+                    break
+                except PeerLost as error:
+                    link.discard(connection)
+                    tries.check(error, connection)
+                except BaseException as error:
+                    link.give_back(connection)
+                    _name_peer(error, link)
+                    raise
+                connection = await self._connect_async(link, path, job)
+            link.give_back(connection)
+        finally:
+            link.gate.leave(charge)
+
+    async def _wait_at_gate_async(self, link: Link, job: Job, nbytes: int) -> int:
+        loop = asyncio.get_running_loop()
+        entered = loop.create_future()
+
+        def enter() -> None:
+            if not entered.done():
+                entered.set_result(None)
+
+        def enter_from_any_thread() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it its transfers
+                loop.call_soon_threadsafe(enter)
+
+        ticket = link.gate.wait(nbytes, job.order.traffic, enter_from_any_thread)
+        try:
+            while not entered.done():
+                await asyncio.wait([entered], timeout=min(WAIT_S, max(0.001, job.check())))
+        except BaseException:
+            link.gate.give_up(ticket)
+            raise
+        return ticket.nbytes
+
+    async def _connect_async(self, link: Link, path: str, job: Job) -> Connection:
+        """A new connection, made in a thread; one that is not wanted any more goes to the pool."""
+        connecting = self._threads().submit(link.connect, path, job)
+        try:
+            return await asyncio.wrap_future(connecting)
+        except asyncio.CancelledError:
+            job.abandoned = True
+            if not connecting.cancelled():
+                connecting.add_done_callback(functools.partial(_keep_unwanted, link))
+            raise
+
+    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
+        with self._lock:
+            self.check_open()
+            if self._connecting is None:
+                self._connecting = concurrent.futures.ThreadPoolExecutor(
+                    NUM_THREADS, thread_name_prefix="snowskin-tcp-lane"
+                )
+            return self._connecting
+
+    def _leave(self, region: AttachedTcpRegion) -> None:
+        """Ends what uses a region that was closed."""
+        region.link.interrupt(lambda user: isinstance(user, Job) and user.order.remote is region)
+        self._connections.release(region.link)
+
+
+class _Tries:
+    """What of a transfer is tried again after its connection broke; see the rules at the top."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._landed_nbytes = 0
+        self._may_resume = job.order.is_pull
+
+    def check(self, error: PeerLost, connection: Connection) -> None:
+        """Raises `error`, or what made the connection break on this side; else it is worth another one."""
+        job = self._job
+        job.check()
+        landed_nbytes, self._landed_nbytes = self._landed_nbytes, job.landed_nbytes
+        if connection.was_idle and not job.heard:
+            return
+        if self._may_resume and job.landed_nbytes > landed_nbytes:
+            self._may_resume = False
+            return
+        raise error
+
+
+def _drive(connection: Connection, job: Job) -> None:
+    connection.wait_at_most(job.check())
+    for _ in _steps(connection, job):
+        connection.wait_at_most(job.check())
+
+
+async def _drive_async(connection: Connection, job: Job) -> None:
+    loop = asyncio.get_running_loop()
+    connection.set_mood(polling=True)
+    for _ in _steps(connection, job):
+        wait_s = min(max(job.check(), 0.0), LOOP_WAIT_S)
+        await _ready(loop, connection.fd, wants_room=connection.wants_room, wait_s=wait_s)
+
+
+def _steps(connection: Connection, job: Job) -> Iterator[None]:
+    job.heard = False
+    move = pull if job.order.is_pull else push
+    return move(connection, job, job.rest() if job.landed_nbytes else job.runs)
+
+
+async def _ready(
+    loop: asyncio.AbstractEventLoop, fd: int, *, wants_room: bool, wait_s: float
+) -> None:
+    """Returns when the descriptor can go on, or the time is over."""
+    ready = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    timer = loop.call_later(wait_s, wake)
+    (loop.add_writer if wants_room else loop.add_reader)(fd, wake)
+    try:
+        await ready
+    finally:
+        (loop.remove_writer if wants_room else loop.remove_reader)(fd)
+        timer.cancel()
+
+
+def _interrupt_on_cancel(link: Link, job: Job) -> None:
+    if job.order.control is not None:
+        job.order.control.on_cancel(functools.partial(link.interrupt, lambda user: user is job))
+
+
+def _keep_unwanted(link: Link, connecting: concurrent.futures.Future[Connection]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        link.give_back(connecting.result())
+
+
+def _link(order: Order) -> Link:
+    assert isinstance(order.remote, AttachedTcpRegion), "what is attached here is an owner's"
+    return order.remote.link
+
+
+def _name_peer(error: BaseException, link: Link) -> None:
+    if isinstance(error, BadFrame) and link.peer not in error.message:
+        error.message = f"{link.peer}: {error.message}"
+
+
+def open_tcp(
+    *, listen: Sequence[str] = ("127.0.0.1:0",), advertise: Sequence[str] = (), **settings: object
+) -> TcpTransport:
+    """By settings with addresses as text; without any an owner for this host alone, on a free port."""
+    return TcpTransport(
+        TcpSettings(
+            listen=tuple(map(Address.parse, listen)),
+            advertise=tuple(map(Address.parse, advertise)),
+            **settings,  # type: ignore[arg-type]  # checked there
+        )
+    )

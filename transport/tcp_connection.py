@@ -1,0 +1,493 @@
+"""One connection from a reader to an owner: how it is made, and how bytes and frames come and go on it.
+
+Rules kept here: what the owner says is not trusted: a head is compared with what may come before a byte behind it is
+taken; no call waits longer than `WAIT_S`, so that whoever waits can look at its deadline, and at whether its region was
+closed; whatever the kernel says about a dead connection is PeerLost, and names the peer.
+
+A connection is in one of two moods, which its user chooses before each transfer: *blocking* calls wait up to
+`WAIT_S` in the kernel, *polling* ones not at all. In both, 0 bytes mean "nothing yet".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import ssl
+import struct
+from typing import TYPE_CHECKING, Protocol
+
+from snowskin.transport.addresses import Address
+from snowskin.transport.errors import (
+    BadFrame,
+    GrantRefused,
+    OutOfBounds,
+    PeerBusy,
+    PeerLost,
+    RegionExpired,
+    RegionReadOnly,
+    TransferTimedOut,
+    TransportError,
+)
+from snowskin.transport.frames import (
+    HEAD_NBYTES,
+    MAX_BODY_NBYTES,
+    WIRE_VERSION,
+    Fail,
+    Hello,
+    Kind,
+    Welcome,
+    decode_body,
+    decode_head,
+    encode,
+)
+from snowskin.transport.tcp_owner import set_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from snowskin.transport.frames import Frame, Head
+    from snowskin.transport.paths import Path
+    from snowskin.transport.tcp_settings import TcpSettings
+
+WAIT_S = 0.05
+SCRATCH_NBYTES = 32 * 1024
+
+_HEAD = struct.Struct(">BBHIQ")
+_DATA = int(Kind.DATA)
+_DATA_AND_FLAGS = _DATA << 24
+_TIMEVAL = struct.Struct("@ll")
+_NOTHING_YET = (errno.EAGAIN, errno.EWOULDBLOCK, None)  # None: a timeout of Python's own
+_REFUSALS: dict[str, type[TransportError]] = {
+    error.reason: error
+    for error in (
+        BadFrame,
+        GrantRefused,
+        OutOfBounds,
+        PeerBusy,
+        RegionExpired,
+        RegionReadOnly,
+        TransferTimedOut,
+    )
+}
+_LIVES_ON = frozenset(
+    error.reason for error in (GrantRefused, OutOfBounds, RegionExpired, RegionReadOnly)
+)
+
+
+class Patience(Protocol):
+    """Who waits for a connection: it can lose patience."""
+
+    def check(self) -> float:
+        """How many more seconds it waits; raises what ends its waiting."""
+
+
+class Connection:
+    """A socket on which HELLO and WELCOME were said.
+
+    Attributes:
+        fd: the socket's descriptor, for polling.
+        peer: who is at the other end, for errors.
+        path: by which it goes.
+        welcome: what the owner said.
+        is_reusable: between two transfers, in order: it may serve the next one.
+        was_idle: it has waited in a pool since its last use, and may have died there.
+        idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
+        hung_up: the keeper has seen its end.
+        wants_room: what it waits for is room to send, not something to receive.
+    """
+
+    __slots__ = (
+        "_end",
+        "_flags",
+        "_op",
+        "_polling",
+        "_scratch",
+        "_socket",
+        "_start",
+        "_wait_s",
+        "fd",
+        "hung_up",
+        "idle_since_s",
+        "is_reusable",
+        "is_tls",
+        "path",
+        "peer",
+        "spoke_at_s",
+        "wants_room",
+        "was_idle",
+        "welcome",
+    )
+
+    def __init__(self, connected: socket.socket, *, peer: str, path: Path) -> None:
+        """Takes the socket over; `dial` is the way in."""
+        self._socket = connected
+        self.fd = connected.fileno()
+        self.is_tls = isinstance(connected, ssl.SSLSocket)
+        self.peer = peer
+        self.path = path
+        self.welcome: Welcome
+        self.is_reusable = False
+        self.was_idle = self.hung_up = self.wants_room = False
+        self.idle_since_s = self.spoke_at_s = 0.0
+        self._scratch = memoryview(bytearray(SCRATCH_NBYTES))
+        self._start = self._end = 0  # of what lies in the scratch and was not taken
+        self._op = 0
+        self._polling = False
+        self._wait_s = 0.0
+        self._flags = 0
+        self.set_mood(polling=False)
+
+    def set_mood(self, *, polling: bool, wait_s: float = WAIT_S) -> None:
+        """Whether calls wait, and how long at most; a system call only where that changes."""
+        if self.is_tls:
+            if polling != self._polling or wait_s != self._wait_s:
+                self._socket.settimeout(0.0 if polling else wait_s)
+        elif not polling and wait_s != self._wait_s:
+            value = _TIMEVAL.pack(0, max(1, int(wait_s * 1e6)))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+        self._polling = polling
+        self._wait_s = self._wait_s if polling else wait_s
+        self._flags = socket.MSG_DONTWAIT if polling and not self.is_tls else 0
+
+    def wait_at_most(self, remaining_s: float) -> None:
+        """Waits of a blocking connection end when the time does, and after `WAIT_S` anyway."""
+        if not self._polling:
+            self.set_mood(polling=False, wait_s=min(WAIT_S, max(remaining_s, 1e-4)))
+
+    def next_op(self) -> int:
+        """The number of the next transfer, above 0."""
+        self._op = self._op % 0xFFFFFFFF + 1
+        return self._op
+
+    @property
+    def last_op(self) -> int:
+        """The number that `next_op` gave last."""
+        return self._op
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._socket.fileno() < 0
+
+    # Bytes.
+
+    def receive(self, view: memoryview) -> int:
+        """Takes bytes from the stream: as many as are there, at most all of `view`; 0 = nothing yet."""
+        if self._start < self._end:
+            return self._take_buffered(view)
+        try:
+            nbytes = self._socket.recv_into(view, 0, self._flags)
+        except OSError as error:
+            self.wants_room = isinstance(error, ssl.SSLWantWriteError)
+            return self._nothing_yet(error)
+        if not nbytes:
+            raise PeerLost(f"{self.peer} ended the connection")
+        return nbytes
+
+    def receive_whole(self, view: memoryview) -> int:
+        """As `receive`, but waits in the kernel until all of `view` came, where it may wait."""
+        if self._polling or self.is_tls or self._start < self._end:
+            return self.receive(view)
+        try:
+            nbytes = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+        except OSError as error:
+            return self._nothing_yet(error)
+        if not nbytes:
+            raise PeerLost(f"{self.peer} ended the connection")
+        return nbytes
+
+    def send(self, views: Sequence[bytes | memoryview]) -> int:
+        """Gives bytes to the stream, in order; how many of them, 0 = no room yet."""
+        try:
+            if self.is_tls:
+                return self._socket.send(views[0])
+            if len(views) == 1:
+                return self._socket.send(views[0], self._flags)
+            return self._socket.sendmsg(views, (), self._flags)
+        except OSError as error:
+            self.wants_room = not isinstance(error, ssl.SSLWantReadError)
+            return self._nothing_yet(error)
+
+    def send_all(self, views: list[bytes | memoryview]) -> Iterator[None]:
+        """Sends all of `views`; yields where it would have to wait."""
+        while views:
+            sent = self.send(views)
+            if not sent:
+                yield
+                continue
+            while views and sent >= len(views[0]):
+                sent -= len(views[0])
+                del views[0]
+            if sent:
+                views[0] = memoryview(views[0])[sent:]
+
+    def _nothing_yet(self, error: OSError) -> int:
+        """0, where the error only says that; raises PeerLost else."""
+        if isinstance(error, (ssl.SSLWantReadError, ssl.SSLWantWriteError)):
+            return 0
+        if isinstance(error, ssl.SSLError) or error.errno not in _NOTHING_YET:
+            raise PeerLost(f"{self.peer}: {error.strerror or error}") from error
+        return 0
+
+    def _take_buffered(self, view: memoryview) -> int:
+        nbytes = min(len(view), self._end - self._start)
+        view[:nbytes] = self._scratch[self._start : self._start + nbytes]
+        self._start += nbytes
+        return nbytes
+
+    # Frames.
+
+    def fetch_ahead(self, nbytes: int) -> None:
+        """Takes up to `nbytes` of what comes next into the scratch, where that is empty.
+
+        One system call for a head and its few bytes behind it, or for many short ranges; they are copied once more.
+        """
+        if self._start == self._end:
+            self._start = 0
+            self._end = 0
+            self._end = self.receive(self._scratch[: min(nbytes, SCRATCH_NBYTES)])
+
+    @property
+    def num_ahead(self) -> int:
+        """Bytes in the scratch."""
+        return self._end - self._start
+
+    def _buffer(self, nbytes: int, most_nbytes: int = 0) -> Iterator[None]:
+        """Has at least `nbytes` in the scratch; takes no more than that, or `most_nbytes`, from the stream."""
+        scratch = self._scratch
+        if self._start:
+            rest = bytes(scratch[self._start : self._end])
+            scratch[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        most_nbytes = min(max(nbytes, most_nbytes), SCRATCH_NBYTES)
+        while self._end < nbytes:
+            try:
+                got = self._socket.recv_into(scratch[self._end : most_nbytes], 0, self._flags)
+            except OSError as error:
+                self.wants_room = isinstance(error, ssl.SSLWantWriteError)
+                self._nothing_yet(error)
+                yield
+                continue
+            if not got:
+                raise PeerLost(f"{self.peer} ended the connection")
+            self._end += got
+
+    def data_head(self, op: int, most_nbytes: int, *, ahead_nbytes: int = 0) -> Iterator[None]:
+        """Waits for the head of a DATA of this transfer; `data_nbytes` says its size.
+
+        Up to `ahead_nbytes` of what follows it are taken into the scratch in the same call.
+
+        Raises:
+            BadFrame: anything else came, or more than `most_nbytes`. What a FAIL says.
+        """
+        if self._end - self._start < HEAD_NBYTES:
+            yield from self._buffer(HEAD_NBYTES, HEAD_NBYTES + ahead_nbytes)
+        kind, flags, zero, its_op, nbytes = _HEAD.unpack_from(self._scratch, self._start)
+        if (
+            kind != _DATA
+            or flags
+            or zero
+            or its_op != op
+            or not 0 < nbytes <= most_nbytes
+            or nbytes > self.welcome.max_data_nbytes
+        ):
+            yield from self._not_data(op, most_nbytes)
+        self._start += HEAD_NBYTES
+
+    @property
+    def data_nbytes(self) -> int:
+        """Size of the DATA whose head was taken last."""
+        nbytes: int = _HEAD.unpack_from(self._scratch, self._start - HEAD_NBYTES)[4]
+        return nbytes
+
+    def _not_data(self, op: int, most_nbytes: int) -> Iterator[None]:
+        """Raises what it means that something else came."""
+        head = decode_head(self._scratch[self._start : self._start + HEAD_NBYTES])
+        if head.kind is Kind.FAIL:
+            yield from self._fail(head, op)
+        raise BadFrame(
+            f"{self.peer} sent {head.kind.name} of {head.nbytes} bytes for transfer {head.op}, where at most "
+            f"{most_nbytes} bytes of DATA for {op} may come"
+        )
+
+    def expect(self, kind: Kind, op: int) -> Iterator[None]:
+        """Waits for a frame without a body; raises BadFrame where another comes, or what a FAIL says."""
+        yield from self._buffer(HEAD_NBYTES)
+        head = decode_head(self._scratch[self._start : self._start + HEAD_NBYTES])
+        if head.kind is Kind.FAIL:
+            yield from self._fail(head, op)
+        if head.kind is not kind or head.op != op or head.nbytes:
+            raise BadFrame(
+                f"{self.peer} sent {head.kind.name} for transfer {head.op}, {kind.name} for {op} was due"
+            )
+        self._start += HEAD_NBYTES
+
+    def _fail(self, head: Head, op: int) -> Iterator[None]:
+        yield from self._buffer(HEAD_NBYTES + head.nbytes)
+        first = self._start + HEAD_NBYTES
+        fail = decode_body(head, bytes(self._scratch[first : first + head.nbytes]))
+        assert isinstance(fail, Fail)
+        self._start += HEAD_NBYTES + head.nbytes
+        if fail.op not in (0, op):
+            raise BadFrame(f"{self.peer} refused transfer {fail.op}, where {op} was asked for")
+        self.is_reusable = fail.op == op and fail.reason in _LIVES_ON and not self.num_ahead
+        raise error_of(fail, self.peer)
+
+    def greet(self, settings: TcpSettings) -> Iterator[None]:
+        """HELLO and WELCOME."""
+        hello = Hello(
+            min_version=WIRE_VERSION,
+            max_version=WIRE_VERSION,
+            heartbeat_ms=max(1, round(1000 * settings.heartbeat_s)),
+            name=settings.name,
+        )
+        yield from self.send_all([encode(hello)])
+        yield from self._buffer(HEAD_NBYTES)
+        head = decode_head(self._scratch[:HEAD_NBYTES])
+        if head.kind is Kind.FAIL:
+            yield from self._fail(head, 0)
+        if head.kind is not Kind.WELCOME:
+            raise BadFrame(f"{self.peer} answered HELLO with {head.kind.name}")
+        yield from self._buffer(HEAD_NBYTES + MAX_BODY_NBYTES[Kind.WELCOME])
+        welcome: Frame = decode_body(head, bytes(self._scratch[HEAD_NBYTES : self._end]))
+        assert isinstance(welcome, Welcome)
+        if welcome.version != WIRE_VERSION:
+            raise BadFrame(
+                f"{self.peer} speaks version {welcome.version} of the data plane, this side {WIRE_VERSION}",
+                hint="run releases of Snowskin that share a version on both sides",
+            )
+        self._start = self._end
+        self.welcome = welcome
+        self.is_reusable = True
+
+    # The end.
+
+    def is_dead(self) -> bool:
+        """Whether the owner ended it, as far as this side's kernel knows."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def interrupt(self) -> None:
+        """Ends whatever waits on it, from any thread; the descriptor stays its user's."""
+        with contextlib.suppress(OSError):
+            # Not SSLSocket's own: that would let its user go on reading, in the clear.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Nothing of it lands afterwards; only its user or, when idle, its pool calls this. Idempotent."""
+        self.is_reusable = False
+        self._socket.close()
+
+
+def error_of(fail: Fail, peer: str) -> TransportError:
+    """What a FAIL means here; words of the owner are shown as far as they can be printed."""
+    said = "".join(sign if sign.isprintable() else "?" for sign in fail.message)
+    retry_after_s = fail.retry_after_ms / 1000 if fail.retry_after_ms else None
+    if fail.reason == "TRANSPORT_CLOSED":
+        return PeerLost(f"{peer} is closing: {said}", retry_after_s=retry_after_s)
+    kind = _REFUSALS.get(fail.reason)
+    if kind is None:
+        return TransportError(f"{peer} refused with {fail.reason}: {said}")
+    return kind(f"{peer}: {said}", retry_after_s=retry_after_s)
+
+
+def dial(
+    path: Path,
+    settings: TcpSettings,
+    patience: Patience,
+    *,
+    peer: str,
+    tls: ssl.SSLContext | None,
+) -> Connection:
+    """Connects and shakes hands, within `patience`.
+
+    Raises:
+        PeerLost: it cannot be reached. BadFrame: somebody else is there. PeerBusy. What `patience` raises.
+    """
+    address = Address.parse(path.remote_address)
+    connected = _connected(address, path, settings, patience, peer=peer)
+    connection = None
+    try:
+        if tls is not None:
+            connected = _wrapped(connected, address, settings, patience, peer=peer, tls=tls)
+        connection = Connection(connected, peer=peer, path=path)
+        for _ in connection.greet(settings):
+            connection.wait_at_most(patience.check())
+    except BaseException:
+        connected.close()
+        raise
+    return connection
+
+
+def _connected(
+    address: Address, path: Path, settings: TcpSettings, patience: Patience, *, peer: str
+) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise PeerLost(f"{peer}: no host is called {address.host}: {error.strerror}") from error
+    family, _, _, _, target = found[0]
+    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        set_options(made, settings)
+        if path.local_address:
+            made.bind((path.local_address, 0))
+        made.setblocking(False)
+        code = made.connect_ex(target)
+        if code == errno.EINPROGRESS:
+            poll = select.poll()
+            poll.register(made, select.POLLOUT)
+            while not poll.poll(1000 * min(WAIT_S, max(patience.check(), 0.001))):
+                pass
+            code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, errno.errorcode.get(code, "unknown"))
+        made.setblocking(True)
+    except OSError as error:
+        made.close()
+        raise PeerLost(
+            f"{peer} cannot be reached at {address}: {error.strerror}",
+            hint="is it alive, and is its advertised address reachable from here?",
+        ) from error
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _wrapped(
+    connected: socket.socket,
+    address: Address,
+    settings: TcpSettings,
+    patience: Patience,
+    *,
+    peer: str,
+    tls: ssl.SSLContext,
+) -> ssl.SSLSocket:
+    name = settings.tls.server_name if settings.tls is not None else ""
+    wrapped = tls.wrap_socket(
+        connected, server_hostname=name or address.host, do_handshake_on_connect=False
+    )
+    try:
+        while True:
+            wrapped.settimeout(min(WAIT_S, max(patience.check(), 0.001)))
+            try:
+                wrapped.do_handshake()
+            except TimeoutError as error:
+                if error.errno not in _NOTHING_YET:
+                    raise
+            else:
+                return wrapped
+    except OSError as error:
+        wrapped.close()
+        raise PeerLost(
+            f"{peer}: no TLS with {address}: {error.strerror or error}",
+            hint="both sides need certificates of one authority, and the owner's must name its host",
+        ) from error
+    except BaseException:
+        wrapped.close()
+        raise

@@ -1,0 +1,494 @@
+"""The connections to owners: kept between transfers, watched while they are idle, bounded in number.
+
+Rules kept here: a connection belongs to one transfer, to its pool, or to the keeper's PING, never to two; only whom it
+belongs to closes it, others interrupt it; an owner that ended an idle connection is noticed at once, one that does not
+answer a PING within its time is counted lost; no thread runs while no connection is open.
+
+The keeper watches all connections for their end alone, from when they were first idle: so taking one and giving it back
+costs no system call.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from snowskin.transport.errors import PeerLost, TransportClosed, TransportError
+from snowskin.transport.frames import Kind, Ping, encode
+from snowskin.transport.paths import Path, PathSet
+from snowskin.transport.tcp_connection import Connection, dial
+from snowskin.transport.tcp_gate import Gate
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterator
+
+    from snowskin.transport.addresses import Reachability
+    from snowskin.transport.tcp_connection import Patience
+    from snowskin.transport.tcp_settings import TcpSettings
+
+_CLOSE_S = 1.0  # that the close of a transport waits for transfers of other threads
+
+
+class Link:
+    """All connections to one owner, and what is known of the ways to it.
+
+    Attributes:
+        peer: its name in errors: `tcp://` and its first address.
+        paths: guarded by `lock`.
+        gate: what transfers pass first.
+    """
+
+    def __init__(
+        self,
+        reachability: Reachability,
+        settings: TcpSettings,
+        keeper: Keeper,
+        *,
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        """No connection yet."""
+        self.peer = f"tcp://{reachability.addresses[0]}"
+        self.reachability = reachability
+        self.paths = PathSet(_paths(reachability, settings.local_addresses))
+        self.path_names = tuple(path.name for path in self.paths.paths)
+        self.gate = Gate(
+            max_transfers=settings.max_connections_to_peer,
+            max_nbytes=settings.max_nbytes_in_flight,
+        )
+        self.lock = threading.Lock()
+        self.idle: dict[str, list[Connection]] = {name: [] for name in self.path_names}
+        self.busy: dict[Connection, Patience] = {}
+        self.pinged: dict[int, tuple[Connection, float]] = {}
+        self.num_open = 0
+        self.is_lost = False
+        self.num_users = 0  # attached regions; guarded by Connections
+        self._settings = settings
+        self._keeper = keeper
+        self._tls = tls
+
+    def take_idle(self, path: str, user: Patience) -> Connection | None:
+        """A kept connection of this path, the one used last; None where there is none."""
+        with self.lock:
+            idle = self.idle[path]
+            if not idle:
+                return None
+            connection = idle.pop()
+            self.busy[connection] = user
+        connection.was_idle = True
+        return connection
+
+    def has_room(self) -> bool:
+        """Whether one more connection may be opened beside those in use."""
+        with self.lock:
+            return len(self.busy) + len(self.pinged) < self._settings.max_connections_to_peer
+
+    def connect(self, path: str, user: Patience) -> Connection:
+        """A new connection of this path; closes the one that was idle longest where there are too many.
+
+        Raises:
+            PeerLost: also at once, while the path is left alone after a failure. What `dial` raises.
+        """
+        now_s = time.monotonic()
+        with self.lock:
+            self._check_path(path, now_s)
+            chosen = self.paths.path(path)
+            self.num_open += 1
+            surplus = self._surplus()
+        if surplus is not None:
+            surplus.close()
+        self._keeper.check_open()
+        connection = None
+        try:
+            connection = dial(
+                chosen,
+                self._settings,
+                _Until(user, now_s + self._settings.connect_timeout_s, self.peer),
+                peer=self.peer,
+                tls=self._tls,
+            )
+            with self.lock:
+                self.busy[connection] = user
+                self.paths.reached(path)
+                self.is_lost = False
+            self._keeper.watch(connection, self)
+        except BaseException as error:
+            with self.lock:
+                self.num_open -= 1
+                if isinstance(error, PeerLost):
+                    self.paths.failed(path, time.monotonic())
+                if connection is not None:
+                    self.busy.pop(connection, None)
+            if connection is not None:
+                connection.close()
+            raise
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Its transfer has ended: keeps it where it can serve another one, else closes it."""
+        with self.lock:
+            self.busy.pop(connection, None)
+            if connection.is_reusable and not connection.hung_up and not self._keeper.closed:
+                connection.idle_since_s = connection.spoke_at_s = time.monotonic()
+                self.idle[connection.path.name].append(connection)
+                return
+            self.num_open -= 1
+        connection.close()
+
+    def discard(self, connection: Connection) -> None:
+        """Its transfer failed: nothing of it may land any more."""
+        connection.is_reusable = False
+        self.give_back(connection)
+
+    def interrupt(self, affects: Callable[[Patience], bool]) -> None:
+        """Ends the transfers under way that `affects` names."""
+        with self.lock:
+            for connection, user in self.busy.items():
+                if affects(user):
+                    connection.interrupt()
+
+    def failed(self, path: str) -> None:
+        """A connection of this path broke though it was new, or its owner is silent."""
+        with self.lock:
+            self.paths.failed(path, time.monotonic())
+
+    def all_idle(self) -> Iterator[Connection]:
+        """Guarded by `lock`."""
+        for connections in self.idle.values():
+            yield from connections
+
+    def remove_idle(self, connection: Connection) -> bool:
+        """Guarded by `lock`; False where somebody has it."""
+        idle = self.idle[connection.path.name]
+        if connection not in idle:
+            return False
+        idle.remove(connection)
+        return True
+
+    def _check_path(self, path: str, now_s: float) -> None:
+        if self.paths.is_alive(path):
+            return
+        if any(due.name == path for due in self.paths.due(now_s)):
+            self.paths.tried(path, now_s)
+            return
+        row = next(row for row in self.paths.statistics(now_s) if row.name == path)
+        raise PeerLost(
+            f"{self.peer} could not be reached {row.num_failures} times",
+            hint=f"it is tried again in {row.retry_in_s:.1f} s",
+            retry_after_s=row.retry_in_s,
+        )
+
+    def _surplus(self) -> Connection | None:
+        if self.num_open <= self._settings.max_connections_to_peer:
+            return None
+        oldest = min(self.all_idle(), key=lambda each: each.idle_since_s, default=None)
+        if oldest is not None:
+            self.remove_idle(oldest)
+            self.num_open -= 1
+        return oldest
+
+
+class Connections:
+    """Links to all owners that somebody attached to, by where they are reached."""
+
+    def __init__(self, settings: TcpSettings) -> None:
+        """No link yet, no thread."""
+        self._settings = settings
+        self._links: dict[Reachability, Link] = {}
+        self._lock = threading.Lock()
+        self._tls = None if settings.tls is None else settings.tls.reader_context()
+        self.keeper = Keeper(settings, self.links)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.keeper.closed
+
+    def links(self) -> list[Link]:
+        """All of them, as of now."""
+        with self._lock:
+            return list(self._links.values())
+
+    def link(self, reachability: Reachability) -> Link:
+        """The way to this owner, for one more user; `release` it."""
+        with self._lock:
+            for known in [link for link in self._links.values() if not _is_needed(link)]:
+                del self._links[known.reachability]
+            link = self._links.get(reachability)
+            if link is None:
+                link = Link(reachability, self._settings, self.keeper, tls=self._tls)
+                self._links[reachability] = link
+            link.num_users += 1
+            return link
+
+    def release(self, link: Link) -> None:
+        """One user less; connections stay for the next one until they are too old."""
+        with self._lock:
+            link.num_users -= 1
+
+    @property
+    def num_open(self) -> int:
+        """Connections, idle and in use."""
+        return sum(link.num_open for link in self.links())
+
+    def close(self) -> None:
+        """Ends all connections; waits a second for transfers of other threads to let go of theirs. Idempotent."""
+        self.keeper.close()
+        deadline_s = time.monotonic() + _CLOSE_S
+        for link in self.links():
+            with link.lock:
+                idle = list(link.all_idle())
+                for connections in link.idle.values():
+                    connections.clear()
+                idle += [connection for connection, _ in link.pinged.values()]
+                link.pinged.clear()
+                link.num_open -= len(idle)
+            for connection in idle:
+                connection.close()
+            link.interrupt(lambda _user: True)
+        me = threading.get_ident()
+        while any(
+            getattr(user, "thread_ident", me) != me
+            for link in self.links()
+            for user in list(link.busy.values())
+        ):
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(0.001)
+
+
+class Keeper:
+    """The thread that looks after idle connections; there is one while any connection is open."""
+
+    def __init__(self, settings: TcpSettings, links: Callable[[], list[Link]]) -> None:
+        """Starts no thread yet."""
+        self.closed = False
+        self.num_connected = 0
+        self.num_peers_lost = 0
+        self._settings = settings
+        self._links = links
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._epoll: select.epoll | None = None
+        self._wake_fd = -1
+        self._watched: dict[int, tuple[Connection, Link]] = {}
+
+    def check_open(self) -> None:
+        """Raises TransportClosed after `close`."""
+        if self.closed:
+            raise TransportClosed("transport tcp is closed")
+
+    def watch(self, connection: Connection, link: Link) -> None:
+        """From now on its end is noticed; starts the thread where it does not run."""
+        with self._lock:
+            self.check_open()
+            self.num_connected += 1
+            if self._epoll is None:
+                self._epoll = select.epoll()
+                self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                self._epoll.register(self._wake_fd, select.EPOLLIN)
+            self._watched[connection.fd] = (connection, link)
+            self._epoll.register(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="snowskin-tcp-keeper", daemon=True
+                )
+                self._thread.start()
+
+    def close(self) -> None:
+        """Joins the thread. Idempotent."""
+        with self._lock:
+            self.closed = True
+            thread = self._thread
+            if thread is not None:
+                os.eventfd_write(self._wake_fd, 1)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        epoll = self._epoll
+        assert epoll is not None
+        due_s = time.monotonic() + self._settings.heartbeat_s
+        while True:
+            events = epoll.poll(max(0.0, due_s - time.monotonic()))
+            if self.closed:
+                break
+            for fd, event in events:
+                self._look(fd, event)
+            now_s = time.monotonic()
+            if now_s >= due_s or self._has_pinged():
+                due_s = self._tick(now_s)
+            if not any(link.num_open for link in self._links()) and self._may_end():
+                return
+        with self._lock:
+            self._end()
+
+    def _may_end(self) -> bool:
+        with self._lock:
+            if any(link.num_open for link in self._links()):
+                return False
+            self._end()
+            return True
+
+    def _end(self) -> None:
+        """Guarded by the lock."""
+        assert self._epoll is not None
+        self._epoll.close()
+        os.close(self._wake_fd)
+        self._epoll, self._wake_fd, self._thread = None, -1, None
+        self._watched.clear()
+
+    def _has_pinged(self) -> bool:
+        return any(link.pinged for link in self._links())
+
+    def _look(self, fd: int, event: int) -> None:
+        watched = self._watched.get(fd)
+        if watched is None:
+            return
+        connection, link = watched
+        with link.lock:
+            was_pinged = link.pinged.pop(fd, None)
+            if was_pinged is None:
+                if connection.fd != fd or not connection.is_dead():
+                    return
+                if not link.remove_idle(connection):
+                    connection.hung_up = True  # its user will notice; the pool takes it no more
+                    return
+        if was_pinged is not None and self._is_pong(connection):
+            self._rest(connection, link)
+            return
+        self._close(connection, link)
+
+    def _rest(self, connection: Connection, link: Link) -> None:
+        """Answered: idle again, and as old as before."""
+        assert self._epoll is not None
+        self._epoll.modify(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
+        with link.lock:
+            link.idle[connection.path.name].insert(0, connection)
+
+    def _close(self, connection: Connection, link: Link) -> None:
+        self._watched.pop(connection.fd, None)
+        with link.lock:
+            link.num_open -= 1
+        connection.close()
+
+    def _tick(self, now_s: float) -> float:
+        """Closes what is too old or does not answer, says PING where it is time; when to look again."""
+        settings = self._settings
+        due_s = now_s + settings.heartbeat_s
+        for fd, (connection, _) in list(self._watched.items()):
+            if connection.closed:
+                self._watched.pop(fd, None)
+        for link in self._links():
+            with link.lock:
+                silent = [
+                    connection
+                    for connection, pinged_at_s in link.pinged.values()
+                    if now_s - pinged_at_s >= settings.pong_timeout_s
+                ]
+                for connection in silent:
+                    del link.pinged[connection.fd]
+                surplus = self._take_surplus(link, now_s)
+                pinged = [
+                    connection
+                    for connection in link.all_idle()
+                    if now_s - connection.spoke_at_s >= settings.heartbeat_s * 0.75
+                ]
+                for connection in pinged:
+                    link.remove_idle(connection)
+                    link.pinged[connection.fd] = (connection, now_s)
+            for connection in silent:
+                self._lost(connection, link)
+            for connection in surplus:
+                self._close(connection, link)
+            for connection in pinged:
+                self._ping(connection, link)
+            for _, pinged_at_s in list(link.pinged.values()):
+                due_s = min(due_s, pinged_at_s + settings.pong_timeout_s)
+            for connection in list(link.all_idle()):
+                due_s = min(due_s, connection.spoke_at_s + settings.heartbeat_s)
+        return max(due_s, now_s + 0.01)
+
+    def _take_surplus(self, link: Link, now_s: float) -> list[Connection]:
+        """Guarded by the link's lock."""
+        settings = self._settings
+        idle = sorted(link.all_idle(), key=lambda each: each.idle_since_s)
+        num_too_many = max(0, len(idle) - settings.max_idle_connections_to_peer)
+        surplus = [
+            connection
+            for index, connection in enumerate(idle)
+            if index < num_too_many or now_s - connection.idle_since_s >= settings.max_idle_s
+        ]
+        for connection in surplus:
+            link.remove_idle(connection)
+        return surplus
+
+    def _ping(self, connection: Connection, link: Link) -> None:
+        assert self._epoll is not None
+        connection.spoke_at_s = time.monotonic()
+        connection.set_mood(polling=True)
+        try:
+            sent = connection.send([encode(Ping(op=connection.next_op()))])
+            self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLRDHUP)
+        except (TransportError, OSError):
+            sent = 0
+        if not sent:
+            with link.lock:
+                link.pinged.pop(connection.fd, None)
+            self._close(connection, link)
+
+    def _is_pong(self, connection: Connection) -> bool:
+        try:
+            for _ in connection.expect(Kind.PONG, connection.last_op):
+                return False
+        except TransportError:
+            return False
+        return not connection.num_ahead
+
+    def _lost(self, connection: Connection, link: Link) -> None:
+        """The owner does not answer: it is stopped, or the way to it is cut."""
+        if not link.is_lost:
+            link.is_lost = True
+            self.num_peers_lost += 1
+        link.failed(connection.path.name)
+        self._close(connection, link)
+
+
+class _Until:
+    """Somebody's patience, but not beyond a time of its own."""
+
+    def __init__(self, user: Patience, until_s: float, peer: str) -> None:
+        self._user = user
+        self._until_s = until_s
+        self._peer = peer
+
+    def check(self) -> float:
+        remaining_s = self._user.check()
+        own_s = self._until_s - time.monotonic()
+        if own_s <= 0:
+            raise PeerLost(f"{self._peer} does not answer", hint="it may be stopped, or cut off")
+        return min(remaining_s, own_s)
+
+
+def _is_needed(link: Link) -> bool:
+    return bool(link.num_users or link.num_open or link.gate.num_inside)
+
+
+def _paths(reachability: Reachability, local_addresses: tuple[str, ...]) -> list[Path]:
+    """A path for each of the owner's addresses and each of ours, side by side, families matching."""
+    remotes = [str(address) for address in reachability.addresses]
+    if not local_addresses:
+        return [Path(name=remote, remote_address=remote) for remote in dict.fromkeys(remotes)]
+    pairs = [
+        (local_addresses[index % len(local_addresses)], remotes[index % len(remotes)])
+        for index in range(max(len(local_addresses), len(remotes)))
+    ]
+    matching = [
+        Path(name=f"{local} to {remote}", local_address=local, remote_address=remote)
+        for local, remote in dict.fromkeys(pairs)
+        if (":" in local) == remote.startswith("[")
+    ]
+    return matching or [Path(name=remote, remote_address=remote) for remote in remotes[:1]]

@@ -1,0 +1,240 @@
+"""How a reader's transfers go over one connection: what is asked, what comes, where it lands.
+
+Rules kept here: bytes are received straight into registered memory, inside the bracket of their piece, and never more
+than was asked for; with a `landed`, one piece at a time; before each piece it is looked at whether the transfer may go
+on. After a failure in the middle the connection is closed first, and only then is the landing range free.
+
+`pull` and `push` are generators: they yield where they would have to wait longer, so that the same code is driven by
+a thread that waits in the kernel, and by an event loop that does not wait at all. Short ranges are taken together into
+the connection's scratch and copied from there, because a system call costs more than copying 4 KiB.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+from snowskin.transport.errors import OutOfBounds, RegionExpired, TransportClosed
+from snowskin.transport.frames import HEAD_NBYTES, MAX_TIMEOUT_MS, Done, Kind, encode
+from snowskin.transport.runs import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from snowskin.transport.ordered import Order
+    from snowskin.transport.tcp_connection import Connection
+
+SHORT_NBYTES = 16 * 1024  # answers up to this size are received in one call with their head
+COPIED_NBYTES = 4 * 1024  # ranges up to this size are taken together
+CHUNK_NBYTES = 1 << 20  # at most received in one call, and sent as one DATA
+
+_ASK = struct.Struct(">BBHIQ16sQQIBBHI")
+_ASK_BODY_NBYTES = _ASK.size - HEAD_NBYTES
+_DATA_HEAD = struct.Struct(">BBHIQ")
+_PULL, _PUSH, _DATA = int(Kind.PULL), int(Kind.PUSH), int(Kind.DATA)
+
+
+class Job:
+    """An order on its way over connections: whether it may go on, and how far it is.
+
+    Attributes:
+        runs: of the order, joined where nobody looks at single ones.
+        heard: the owner answered to what was asked last.
+        landed_nbytes: moved so far, from the first run on.
+        thread_ident: whose thread drives it; 0 = an event loop's.
+    """
+
+    __slots__ = (
+        "_is_closed",
+        "_now_s",
+        "abandoned",
+        "heard",
+        "landed_nbytes",
+        "order",
+        "runs",
+        "thread_ident",
+    )
+
+    def __init__(
+        self,
+        order: Order,
+        runs: Sequence[Run],
+        *,
+        now_s: Callable[[], float],
+        is_closed: Callable[[], bool],
+    ) -> None:
+        """Nothing moved."""
+        self.order = order
+        self.runs = runs
+        self.heard = False
+        self.landed_nbytes = 0
+        self.abandoned = False
+        self.thread_ident = threading.get_ident()
+        self._now_s = now_s
+        self._is_closed = is_closed
+
+    def check(self) -> float:
+        """Seconds to its deadline; raises what ends it."""
+        order = self.order
+        if self.abandoned or order.remote.closed or order.local.closed or self._is_closed():
+            raise TransportClosed("the transport, or a region of this transfer, was closed")
+        now_s = self._now_s()
+        order.check(now_s)
+        return order.deadline_s - now_s
+
+    def check_grant(self) -> None:
+        """Raises RegionExpired where the grant's life is over."""
+        now_s = self._now_s()
+        if now_s > self.order.remote.expires_at_s:
+            raise RegionExpired(
+                f"the grant ran out {now_s - self.order.remote.expires_at_s:.3f} s before the end",
+                hint="match again and pull under the new lease",
+            )
+
+    def rest(self) -> list[Run]:
+        """The runs that have not moved yet."""
+        skip = self.landed_nbytes
+        left = []
+        for run in self.runs:
+            if skip >= run[2]:
+                skip -= run[2]
+                continue
+            left.append(Run(run[0] + skip, run[1] + skip, run[2] - skip))
+            skip = 0
+        return left
+
+
+def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last: bool) -> bytes:
+    """PULL or PUSH for `runs`, under the connection's next number."""
+    order = job.order
+    is_pull, note, descriptor = order.is_pull, order.note, order.remote.descriptor
+    inline_note = b"" if is_pull else note
+    num_runs = len(runs)
+    head = _ASK.pack(
+        _PULL if is_pull else _PUSH,
+        0,
+        0,
+        connection.next_op(),
+        _ASK_BODY_NBYTES + len(inline_note) + 16 * num_runs,
+        descriptor.capability,
+        descriptor.epoch,
+        descriptor.generation,
+        max(1, min(MAX_TIMEOUT_MS, int(job.check() * 1000))),
+        order.traffic,
+        1 if note and is_last else 0,
+        len(inline_note),
+        num_runs,
+    )
+    if num_runs == 1:
+        return head + inline_note + runs[0][0].to_bytes(8) + runs[0][2].to_bytes(8)
+    numbers = [number for run in runs for number in (run[0], run[2])]
+    return head + inline_note + struct.pack(f">{2 * num_runs}Q", *numbers)
+
+
+def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
+    """Asks for `runs` and lands them, in as many requests as the owner wants; then says DONE where there is a note."""
+    most = connection.welcome.max_ranges
+    note = job.order.note
+    for first in range(0, len(runs), most):
+        part = runs[first : first + most]
+        is_last = first + most >= len(runs)
+        connection.is_reusable = False
+        yield from connection.send_all([ask_bytes(connection, job, part, is_last=is_last)])
+        yield from _land(connection, job, part)
+        if note and is_last:
+            job.check_grant()
+            yield from connection.send_all([encode(Done(op=connection.last_op, note=note))])
+        connection.is_reusable = not connection.num_ahead
+
+
+def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
+    """Receives the DATA of one request into the runs, piece by piece."""
+    order = job.order
+    region, landed = order.local, order.landed
+    op = connection.last_op
+    left_nbytes = sum(run[2] for run in runs)
+    frame_nbytes = 0
+    ahead_nbytes = left_nbytes if left_nbytes <= SHORT_NBYTES else 0
+    for _, offset, run_nbytes in runs:
+        end = offset + run_nbytes
+        while offset < end:
+            piece_end = end
+            if landed is not None:
+                job.check()
+                piece_end = min(end, offset + order.piece_nbytes)
+            at = offset
+            while at < piece_end:
+                if not frame_nbytes:
+                    job.check()
+                    yield from connection.data_head(op, left_nbytes, ahead_nbytes=ahead_nbytes)
+                    job.heard = True
+                    frame_nbytes = connection.data_nbytes
+                want_nbytes = min(frame_nbytes, piece_end - at, CHUNK_NBYTES)
+                if want_nbytes <= COPIED_NBYTES and not connection.num_ahead:
+                    connection.fetch_ahead(frame_nbytes)
+                region.begin_landing()
+                try:
+                    got = connection.receive_whole(region.view[at : at + want_nbytes])
+                finally:
+                    region.end_landing()
+                at += got
+                frame_nbytes -= got
+                left_nbytes -= got
+                if got < want_nbytes:
+                    yield
+                    job.check()
+                if landed is None and got:
+                    job.landed_nbytes += got
+                    order.moved(at - got, got)
+            if landed is not None:
+                job.landed_nbytes += piece_end - offset
+                order.moved(offset, piece_end - offset)
+            offset = piece_end
+
+
+def push(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
+    """Asks to write `runs`, sends them once the owner allows it, and waits until it says that all is there."""
+    most = connection.welcome.max_ranges
+    for first in range(0, len(runs), most):
+        part = runs[first : first + most]
+        connection.is_reusable = False
+        ask = ask_bytes(connection, job, part, is_last=first + most >= len(runs))
+        yield from connection.send_all([ask])
+        yield from connection.expect(Kind.CLEAR, connection.last_op)
+        job.heard = True
+        yield from _send_data(connection, job, part)
+        yield from connection.expect(Kind.DONE, connection.last_op)
+        connection.is_reusable = not connection.num_ahead
+
+
+def _send_data(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
+    """DATA frames of pieces; a piece is one `sendmsg` of its head and a view of the source."""
+    order = job.order
+    region = order.local
+    piece_nbytes = CHUNK_NBYTES if order.landed is None else order.piece_nbytes
+    most_nbytes = min(connection.welcome.max_data_nbytes, CHUNK_NBYTES)
+    op = connection.last_op
+    for _, offset, run_nbytes in runs:
+        end = offset + run_nbytes
+        while offset < end:
+            job.check()
+            piece_end = min(end, offset + piece_nbytes)
+            at = offset
+            while at < piece_end:
+                nbytes = min(piece_end - at, most_nbytes)
+                head = _DATA_HEAD.pack(_DATA, 0, 0, op, nbytes)
+                views: list[bytes | memoryview] = [head, region.view[at : at + nbytes]]
+                if len(views[1]) != nbytes:
+                    raise TransportClosed("the source region was closed during the transfer")
+                yield from connection.send_all(views)
+                at += nbytes
+            job.landed_nbytes += piece_end - offset
+            order.moved(offset, piece_end - offset)
+            offset = piece_end
+
+
+def check_note(order: Order) -> None:
+    """A note goes with bytes."""
+    if order.note and not order.runs:
+        raise OutOfBounds("a note needs a transfer of at least one byte")
