@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 UP, DOWN = "up", "down"
 READ_NBYTES = 256 * 1024
-QUEUE_NBYTES = 4 << 20  # under way in one direction: what a delay may hold
+BUFFER_NBYTES = 256 * 1024  # of the kernel, for each of its sockets: what a hold lets come near
+QUEUE_NBYTES = 2 << 20  # under way in one direction: what a delay may hold
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 PATIENCE_S = 5.0
 END = b""
@@ -42,6 +43,7 @@ class RelayCore:
         self.target = tuple(target)
         family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
         self._listener = socket.create_server(tuple(listen), family=family, backlog=512)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
         self._listener.setblocking(False)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.delay_s = 0.0
@@ -130,6 +132,7 @@ class RelayCore:
             for end in (near, far):
                 end.setblocking(False)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_NBYTES)
             while self.is_cut:
                 await self._changed.wait()
             await self._loop.sock_connect(far, self.target)

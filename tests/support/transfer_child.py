@@ -117,6 +117,7 @@ class TransferChild:
         """`command` puts it into a host; `lent` are descriptors that it gets beside its own memory's."""
         task = {"scheme": scheme, "fd": memory.fd, "settings": settings}
         self._rest = b""
+        self._num_asked = 0
         self.process = subprocess.Popen(
             command(sys.executable, "-m", "tests.support.transfer_child", json.dumps(task)),
             cwd=ROOT,
@@ -135,23 +136,31 @@ class TransferChild:
 
     def begin(self, do: str, **values: Any) -> None:
         """Tells it to do something; `answer` waits for what comes of it."""
-        self.process.stdin.write(json.dumps({"do": do, **values}).encode() + b"\n")
+        self._num_asked += 1
+        line = json.dumps({"do": do, "number": self._num_asked, **values})
+        self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
     def answer(self, patience_s: float = PATIENCE_S) -> dict[str, Any]:
-        """What it says next; AssertionError where it says nothing or has ended."""
-        deadline_s, output = time.monotonic() + patience_s, self.process.stdout
+        """What it says to what it was told last; AssertionError where it says nothing or has ended."""
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            answer: dict[str, Any] = json.loads(self._line(deadline_s))
+            if answer.pop("number") == self._num_asked:  # else of a test that waited no longer
+                return answer
+
+    def _line(self, deadline_s: float) -> bytes:
+        output = self.process.stdout
         assert output is not None
         while b"\n" not in self._rest:
             wait_s = max(deadline_s - time.monotonic(), 0)
             ready, _, _ = select.select([output], [], [], wait_s)
-            assert ready, f"no answer within {patience_s} s"
+            assert ready, "no answer in time"
             data = os.read(output.fileno(), 1 << 20)
             assert data, f"it ended with status {self.process.wait(END_S)}"
             self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return line
 
     def describe(self, **values: Any) -> RegionDescriptor:
         """Grants; `ranges` as pairs."""
@@ -352,17 +361,17 @@ def main(task: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     side = Side(task["scheme"], task["fd"], task["settings"])
-    say({"pid": os.getpid()})
+    say({"pid": os.getpid(), "number": 0})
     for line in sys.stdin:
         values = json.loads(line)
-        do = values.pop("do")
+        do, number = values.pop("do"), values.pop("number")
         assert do in COMMANDS, do
         began_s = time.monotonic()
         try:
             answer = getattr(side, do)(**values)
         except SnowskinError as error:
             answer = {"error": error.reason, "message": str(error)}
-        say({**answer, "took_s": time.monotonic() - began_s})
+        say({**answer, "number": number, "took_s": time.monotonic() - began_s})
     side.close()
 
 
