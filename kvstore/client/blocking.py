@@ -33,6 +33,7 @@ from snowskin.kvstore.client.machine import (
 )
 from snowskin.kvstore.client.step_spans import facts_of, is_told, name_of
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S, DOOR_PREFIX, MOVE_TIMEOUT_S
+from snowskin.kvstore.client.transports import ClientTransports, check_may_map
 from snowskin.kvstore.errors import (
     ClientClosed,
     ClientForked,
@@ -48,6 +49,7 @@ from snowskin.kvstore.messages import (
     Request,
     StatRequest,
 )
+from snowskin.transport.api import TrafficClass
 from snowskin.transport.memory import MemoryRegion, region_of
 
 if TYPE_CHECKING:
@@ -89,10 +91,16 @@ class BlockingConnection(Protocol):
 class BlockingStoreClient:
     """A session with one node."""
 
-    def __init__(self, connection: BlockingConnection, settings: FlowSettings) -> None:
+    def __init__(
+        self,
+        connection: BlockingConnection,
+        settings: FlowSettings,
+        own_transports: ClientTransports | None = None,
+    ) -> None:
         """Use `connect`."""
         self._connection = connection
         self._settings = settings
+        self._own_transports = own_transports
         self._pid = os.getpid()
         self._closed = False
         self._turn = threading.Lock()
@@ -110,15 +118,22 @@ class BlockingStoreClient:
         move_timeout_s: float = MOVE_TIMEOUT_S,
         read_ttl_s: float = 0.0,
         write_ttl_s: float = 0.0,
+        transports: ClientTransports | None = None,
     ) -> BlockingStoreClient:
         """Opens a session; arguments as `StoreClient.connect`."""
+        own = ClientTransports() if transports is None else None
+        transports = transports or own
+        assert transports is not None, "one of the two"
         connection: BlockingConnection
         if address.startswith(DOOR_PREFIX):
+            check_may_map(transports, address)
             connection = BlockingDoorConnection(
                 address.removeprefix(DOOR_PREFIX), client_name, access, timeout_s=timeout_s
             )
         else:
-            connection = BlockingRpcConnection(address, client_name, timeout_s=timeout_s)
+            connection = BlockingRpcConnection(
+                address, client_name, transports, timeout_s=timeout_s
+            )
         settings = FlowSettings(
             verify=verify,
             call_timeout_s=call_timeout_s,
@@ -126,7 +141,7 @@ class BlockingStoreClient:
             read_ttl_s=read_ttl_s,
             write_ttl_s=write_ttl_s,
         )
-        return cls(connection, settings)
+        return cls(connection, settings, own)
 
     @property
     def node_id(self) -> str:
@@ -158,6 +173,7 @@ class BlockingStoreClient:
         parent_key: bytes = b"",
         one_reader: bool = False,
         timeout_s: float = 0.0,
+        traffic: TrafficClass = TrafficClass.DECODE_CRITICAL,
         request_id: str = "",
     ) -> Published:
         """Publishes consecutive blocks of one sequence; see `StoreClient.publish`."""
@@ -171,6 +187,7 @@ class BlockingStoreClient:
             local_offsets=local_offsets,
             one_reader=one_reader,
             timeout_s=timeout_s,
+            traffic=traffic,
         )
         return self._run(flow, request_id)
 
@@ -272,6 +289,8 @@ class BlockingStoreClient:
             self._connection.interrupt()
             with self._turn:
                 self._connection.close()
+            if self._own_transports is not None:
+                self._own_transports.close()
 
     def __enter__(self) -> BlockingStoreClient:
         return self

@@ -22,8 +22,10 @@ from snowskin.kvstore.client.door_connection import (
     connect_socket,
     map_granted,
 )
+from snowskin.kvstore.client.region_moves import RegionMoves
 from snowskin.kvstore.client.rpc_connection import METHODS, Landing, check_local, chunks
 from snowskin.kvstore.client.store import CALL_TIMEOUT_S
+from snowskin.kvstore.client.transports import check_may_crawl
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.messages import Access, Lease, RenewRequest, ReplyMessage, Request
 from snowskin.kvstore.rpc import call_metadata, channel_options, header_text, translating
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from snowskin.kvstore.client.conversation import Answer
     from snowskin.kvstore.client.machine import Move
+    from snowskin.kvstore.client.transports import ClientTransports
 
 
 class _Renewing:
@@ -230,9 +233,13 @@ class BlockingDoorConnection:
 class BlockingRpcConnection:
     """A node reached by gRPC."""
 
-    def __init__(self, address: str, client_name: str, *, timeout_s: float) -> None:
+    def __init__(
+        self, address: str, client_name: str, transports: ClientTransports, *, timeout_s: float
+    ) -> None:
         """Connects and asks the node who it is; the node counts what `client_name` leases as one client's."""
         self.address = address
+        self._transports = transports
+        self._moves = RegionMoves(transports, node=f"node {address}")
         self._client = header_text(client_name)
         self._channel = grpc.insecure_channel(address, options=channel_options())
         self._stub: Any = store_pb2_grpc.StoreStub(self._channel)
@@ -240,6 +247,7 @@ class BlockingRpcConnection:
         try:
             with translating(f"node {address}"):
                 stat = self._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s)
+            self._moves.meet(stat.transports)
         except BaseException:
             self.close()
             raise
@@ -249,6 +257,7 @@ class BlockingRpcConnection:
         self, request: Request, *, timeout_s: float, lease: Lease | None, request_id: str
     ) -> ReplyMessage:
         """One call and its answer."""
+        request = self._moves.naming_schemes(request)
         name, message = request_to(request, lease.capability if lease else b"")
         with self._translating():
             metadata = call_metadata(request_id, client=self._client)
@@ -262,11 +271,15 @@ class BlockingRpcConnection:
             self.call(request, timeout_s=CALL_TIMEOUT_S, lease=lease, request_id=request_id)
 
     def move(self, step: Move, *, request_id: str) -> None:
-        """Streams bytes through the slow path."""
-        check_local(step)
-        metadata = call_metadata(request_id)
+        """Moves bytes by the data plane, or, where it opened nothing, streams them through the slow path."""
         if step.timeout_s > step.lease.ttl_s / 3:
             step = replace(step, landed=_Renewing(step, self._renew).landed)
+        if step.lease.regions:
+            self._moves.move_blocking(step)
+            return
+        check_may_crawl(self._transports, f"node {self.address}")
+        check_local(step)
+        metadata = call_metadata(request_id)
         with self._translating():
             if step.is_push:
                 self._stub.Write(chunks(step), timeout=step.timeout_s, metadata=metadata)
@@ -289,6 +302,7 @@ class BlockingRpcConnection:
         """Closes the channel."""
         if self.connected:
             self.connected = False
+            self._moves.close()
             self._channel.close()
 
     def _renew(self, lease: Lease) -> None:

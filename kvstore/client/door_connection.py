@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.client.conversation import Conversation, giving_back, is_plain_release
+from snowskin.kvstore.client.region_moves import until_settled
 from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
@@ -27,17 +28,13 @@ from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
     from snowskin.kvstore.client.machine import Move
     from snowskin.transport.copying import AttachedMemory
-    from snowskin.transport.memory import MemoryRegion
 
 # Not more: the C library takes fresh pages for larger buffers, on each call.
 RECV_NBYTES = 64 << 10
 MAX_DESCRIPTORS = 64
 MAX_UNSENT_NBYTES = 4 * MAX_FRAME_NBYTES
-SETTLE_LOOK_S = 0.002
 CONNECT_LOOK_S = 0.01
 
 log = get_logger(__name__)
@@ -220,13 +217,15 @@ class DoorConnection:
             try:
                 if step.is_push:
                     copying = self._transport.push_async(
-                        step.local, pool, runs, deadline_s=deadline_s, landed=step.landed
-                    )
+                        step.local, pool, runs, deadline_s=deadline_s, landed=step.landed,
+                        traffic=step.traffic,
+                    )  # fmt: skip
                 else:
                     copying = self._transport.pull_async(
-                        pool, step.local, runs, deadline_s=deadline_s, landed=step.landed
-                    )
-                await _until_settled(copying, pool.memory if step.is_push else step.local)
+                        pool, step.local, runs, deadline_s=deadline_s, landed=step.landed,
+                        traffic=step.traffic,
+                    )  # fmt: skip
+                await until_settled(copying, pool.memory if step.is_push else step.local)
             except TransportClosed as error:
                 if self._open:  # then it is the caller's own region that was closed
                     raise
@@ -360,25 +359,6 @@ def unmap(mappings: list[object]) -> None:
         with contextlib.suppress(BufferError):  # somebody still looks at it: it goes with him
             if isinstance(mapping, mmap.mmap):
                 mapping.close()
-
-
-async def _until_settled(copying: Awaitable[object], target: MemoryRegion) -> None:
-    """Awaits a copy, and then what an interrupted one may still write into `target`.
-
-    Its caller gives the bytes to others: a piece that is under way must be done first, however often the caller is
-    cancelled meanwhile.
-    """
-    try:
-        await copying
-    finally:
-        cancelled: asyncio.CancelledError | None = None
-        while target.quarantined_nbytes and not target.closed:
-            try:
-                await asyncio.sleep(SETTLE_LOOK_S)
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            raise cancelled
 
 
 async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[int]]:

@@ -44,6 +44,7 @@ from snowskin.kvstore.value import value
 from snowskin.kvstore.wire import (
     EMPTY_KEYS,
 )
+from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 from snowskin.transport.runs import Run as TransferRun
 
@@ -80,6 +81,7 @@ class Move:
     local: MemoryRegion
     landed: Landed | None
     timeout_s: float
+    traffic: TrafficClass
 
 
 Step = Call | Tell | Move
@@ -133,11 +135,13 @@ class PullBounds:
         lookup_timeout_s: until the node says what it has, beyond the time that the look-up may wait inside it.
         move_timeout_s: for the copy.
         on_found: called when the node has said what it has and the copy begins; not called where it has nothing.
+        traffic: how urgent the copy is.
     """
 
     lookup_timeout_s: float | None = None
     move_timeout_s: float | None = None
     on_found: Callable[[], None] | None = None
+    traffic: TrafficClass = TrafficClass.DECODE_CRITICAL
 
 
 AS_THE_CLIENT = PullBounds()
@@ -169,6 +173,7 @@ def publish(
     local_offsets: Sequence[int],
     one_reader: bool,
     timeout_s: float,
+    traffic: TrafficClass = TrafficClass.DECODE_CRITICAL,
 ) -> PublishFlow:
     """Reserve what is new, copy it with checksums, commit it."""
     if len(local_offsets) != len(keys):
@@ -182,7 +187,11 @@ def publish(
         ttl_s=settings.write_ttl_s,
         timeout_s=timeout_s,
     )
-    return (yield from _publish(settings, request, list(keys), block_nbytes, local, local_offsets))
+    return (
+        yield from _publish(
+            settings, request, list(keys), block_nbytes, local, local_offsets, traffic
+        )
+    )
 
 
 def publish_tail(
@@ -194,6 +203,7 @@ def publish_tail(
     local_offset: int,
     nbytes: int,
     timeout_s: float,
+    traffic: TrafficClass = TrafficClass.DECODE_CRITICAL,
 ) -> PublishFlow:
     """The same for the last, partial block of a request."""
     request = ReserveRequest(
@@ -206,7 +216,7 @@ def publish_tail(
     names = [tail_id.encode()]
     if not tail_id:
         raise BadRequest("a tail without an id", hint="give the request's id")
-    return (yield from _publish(settings, request, names, nbytes, local, [local_offset]))
+    return (yield from _publish(settings, request, names, nbytes, local, [local_offset], traffic))
 
 
 def _publish(
@@ -216,6 +226,7 @@ def _publish(
     block_nbytes: int,
     local: MemoryRegion,
     local_offsets: Sequence[int],
+    traffic: TrafficClass,
 ) -> PublishFlow:
     asked = yield Call(request, settings.call_timeout_s + request.timeout_s)
     reserved = asked.reply
@@ -236,7 +247,7 @@ def _publish(
         ]
         sums = RunningChecksums(local.buffer, block_nbytes)
         moves = _transfer_runs(reserved.runs, block_nbytes, local_offsets)
-        yield Move(True, lease, moves, local, sums.landed, settings.move_timeout_s)
+        yield Move(True, lease, moves, local, sums.landed, settings.move_timeout_s, traffic)
         new_names = b"".join([names[index] for index in order])
         checksums = sums.records(request.namespace, new_names, len(names[0])).tobytes()
         commit = CommitRequest(lease_id=lease.id, num_blocks=len(order), checksums=checksums)
@@ -410,7 +421,7 @@ def _pull(
         move_timeout_s = _or(bounds.move_timeout_s, settings.move_timeout_s)
         landed = sums.landed if sums else None
         try:
-            moved = yield Move(False, lease, moves, local, landed, move_timeout_s)
+            moved = yield Move(False, lease, moves, local, landed, move_timeout_s, bounds.traffic)
             ended_at_s = moved.ended_at_s
         except SnowskinError as error:
             if sums is None or not sums.num_passed:

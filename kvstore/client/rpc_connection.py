@@ -1,7 +1,8 @@
-"""The way by gRPC, on an asyncio loop: calls by RPC, bytes by the Read and Write streams.
+"""The way to another host, on an asyncio loop: calls by RPC, bytes by the node's data plane.
 
-Rules kept here: a lease is proved by its capability. Bytes come in the order of the lease's blocks; they land piece by
-piece and are checked as they land, as on the fast path.
+Rules kept here: a lease is proved by its capability. Where node and client share no transport, and none was demanded,
+bytes go by the Read and Write streams: in the order of the lease's blocks, landing piece by piece and checked as they
+land, as on the fast path.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
+from snowskin.kvstore.client.region_moves import RegionMoves
+from snowskin.kvstore.client.transports import check_may_crawl
 from snowskin.kvstore.errors import NodeUnavailable, ProtocolViolation
 from snowskin.kvstore.rpc import call_metadata, header_text, open_channel, translating
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import reply_from, request_to
-from snowskin.transport.errors import RegionReadOnly, SnowskinError, TransportClosed
+from snowskin.transport.errors import (
+    RegionReadOnly,
+    SnowskinError,
+    TransportClosed,
+)
 from snowskin.transport.runs import check_bounds
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from snowskin.kvstore.client.machine import Move
+    from snowskin.kvstore.client.transports import ClientTransports
     from snowskin.kvstore.messages import Lease, ReplyMessage, Request
 
 CHUNK_NBYTES = 1 << 20
@@ -126,7 +134,13 @@ class Landing:
 class RpcConnection:
     """A node reached by gRPC."""
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, client_name: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        channel: grpc.aio.Channel,
+        client_name: str,
+        transports: ClientTransports,
+    ) -> None:
         """Use `open`."""
         self.address = address
         self._client = header_text(client_name)
@@ -136,14 +150,23 @@ class RpcConnection:
         self._stub: Any = store_pb2_grpc.StoreStub(channel)
         self._open = True
         self._telling: set[asyncio.Task[None]] = set()
+        self._transports = transports
+        self._moves = RegionMoves(transports, node=f"node {address}")
 
     @classmethod
-    async def open(cls, address: str, client_name: str, *, timeout_s: float) -> RpcConnection:
-        """Connects and asks the node who it is; the node counts what `client_name` leases as one client's."""
-        connection = cls(address, open_channel(address), client_name)
+    async def open(
+        cls, address: str, client_name: str, transports: ClientTransports, *, timeout_s: float
+    ) -> RpcConnection:
+        """Connects and asks the node who it is; the node counts what `client_name` leases as one client's.
+
+        Raises:
+            NodeUnavailable: nobody answers. TransportUnavailable: the node does not serve what was demanded.
+        """
+        connection = cls(address, open_channel(address), client_name, transports)
         try:
             with translating(f"node {address}"):
                 stat = await connection._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s)
+            connection._moves.meet(stat.transports)
         except BaseException:
             await connection.close()
             raise
@@ -159,6 +182,7 @@ class RpcConnection:
         self, request: Request, *, timeout_s: float, lease: Lease | None, request_id: str
     ) -> ReplyMessage:
         """One call and its answer."""
+        request = self._moves.naming_schemes(request)
         name, message = request_to(request, lease.capability if lease else b"")
         method = getattr(self._stub, METHODS[name])
         metadata = call_metadata(request_id, client=self._client)
@@ -177,7 +201,11 @@ class RpcConnection:
         task.add_done_callback(self._telling.discard)
 
     async def move(self, step: Move, *, request_id: str) -> None:
-        """Streams bytes through the slow path."""
+        """Moves bytes by the data plane, or, where it opened nothing, streams them through the slow path."""
+        if step.lease.regions:
+            await self._moves.move(step)
+            return
+        check_may_crawl(self._transports, f"node {self.address}")
         check_local(step)
         metadata = call_metadata(request_id)
         with self._translating():
@@ -201,6 +229,7 @@ class RpcConnection:
         if not self._open:
             return
         self._open = False
+        self._moves.close()
         try:
             if self._telling:
                 await asyncio.wait(self._telling, timeout=TELL_TIMEOUT_S)

@@ -5,7 +5,7 @@ deadline. A broken connection fails what waits with NodeUnavailable and stays br
 decision. Closing is idempotent. A process that forked is refused.
 
 How it works: a flow of `machine` is run step by step over a *connection*, of which there are two: to the local door
-(control on a Unix socket, bytes by shared memory), and by gRPC (control by RPC, bytes by Read and Write).
+(control on a Unix socket, bytes by shared memory), and by gRPC (control by RPC, bytes by the node's data plane).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from snowskin.kvstore.client.machine import (
 )
 from snowskin.kvstore.client.rpc_connection import RpcConnection
 from snowskin.kvstore.client.step_spans import facts_of, is_told, name_of
+from snowskin.kvstore.client.transports import ClientTransports, check_may_map
 from snowskin.kvstore.errors import ClientClosed, ClientForked, NodeUnavailable
 from snowskin.kvstore.messages import (
     Access,
@@ -48,6 +49,7 @@ from snowskin.kvstore.messages import (
 )
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import EMPTY_KEYS
+from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 from snowskin.transport.memory import MemoryRegion, region_of
 
@@ -98,10 +100,16 @@ class Connection(Protocol):
 class StoreClient:
     """A session with one node."""
 
-    def __init__(self, connection: Connection, settings: FlowSettings) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        settings: FlowSettings,
+        own_transports: ClientTransports | None = None,
+    ) -> None:
         """Use `connect`."""
         self._connection = connection
         self._settings = settings
+        self._own_transports = own_transports
         self._pid = os.getpid()
         self._closed = False
 
@@ -118,6 +126,7 @@ class StoreClient:
         move_timeout_s: float = MOVE_TIMEOUT_S,
         read_ttl_s: float = 0.0,
         write_ttl_s: float = 0.0,
+        transports: ClientTransports | None = None,
     ) -> StoreClient:
         """Opens a session.
 
@@ -131,17 +140,25 @@ class StoreClient:
             move_timeout_s: what a copy may take.
             read_ttl_s: wished life of read leases; 0 takes the node's.
             write_ttl_s: wished life of write leases; 0 takes the node's.
+            transports: which bytes may move by, shared by all clients of a process; this client's own if None.
 
         Raises:
             NodeUnavailable: nobody answers there.
+            TransportUnavailable: bytes cannot go there by the transport that `transports` demands.
         """
+        own = ClientTransports() if transports is None else None
+        transports = transports or own
+        assert transports is not None, "one of the two"
         connection: Connection
         if address.startswith(DOOR_PREFIX):
+            check_may_map(transports, address)
             connection = await DoorConnection.open(
                 address.removeprefix(DOOR_PREFIX), client_name, access, timeout_s=timeout_s
             )
         else:
-            connection = await RpcConnection.open(address, client_name, timeout_s=timeout_s)
+            connection = await RpcConnection.open(
+                address, client_name, transports, timeout_s=timeout_s
+            )
         settings = FlowSettings(
             verify=verify,
             call_timeout_s=call_timeout_s,
@@ -149,7 +166,7 @@ class StoreClient:
             read_ttl_s=read_ttl_s,
             write_ttl_s=write_ttl_s,
         )
-        return cls(connection, settings)
+        return cls(connection, settings, own)
 
     @property
     def node_id(self) -> str:
@@ -181,6 +198,7 @@ class StoreClient:
         parent_key: bytes = b"",
         one_reader: bool = False,
         timeout_s: float = 0.0,
+        traffic: TrafficClass = TrafficClass.DECODE_CRITICAL,
         request_id: str = "",
     ) -> Published:
         """Publishes consecutive blocks of one sequence.
@@ -194,6 +212,7 @@ class StoreClient:
             parent_key: key of the block before the first, or empty.
             one_reader: the blocks go with their first reader, or with this session.
             timeout_s: how long to queue for room.
+            traffic: how urgent the copy is.
             request_id: for logs.
 
         Raises:
@@ -211,6 +230,7 @@ class StoreClient:
             local_offsets=local_offsets,
             one_reader=one_reader,
             timeout_s=timeout_s,
+            traffic=traffic,
         )
         return await self._run(flow, request_id)
 
@@ -338,7 +358,11 @@ class StoreClient:
         """Ends the session, and with it all that it held."""
         if not self._closed:
             self._closed = True
-            await self._connection.close()
+            try:
+                await self._connection.close()
+            finally:
+                if self._own_transports is not None:
+                    self._own_transports.close()
 
     async def __aenter__(self) -> StoreClient:
         return self

@@ -9,6 +9,7 @@ import tempfile
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snowskin.kvstore.clock import SystemClock
 from snowskin.kvstore.config import setting
@@ -31,6 +32,11 @@ from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.session import DEFAULT_TENANT
 from snowskin.kvstore.telemetry import HealthServer, get_logger
 from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from snowskin.transport.api import Transport
 
 ROLE = "node"
 DRAIN_LOOK_S = 0.02
@@ -106,8 +112,8 @@ class NodeSettings(RoleSettings):
         )
 
 
-def make_shell(settings: NodeSettings) -> NodeShell:
-    """A node's state with its memory, no doors yet; the caller closes it."""
+def make_shell(settings: NodeSettings, transports: Sequence[Transport] = ()) -> NodeShell:
+    """A node's state with its memory, no doors yet; the caller closes it, and with it the data plane's `transports`."""
     arena = Arena(settings.dram_nbytes, name="dram", tenant=DEFAULT_TENANT)
     pool = Pool(0, arena.nbytes, tenant=DEFAULT_TENANT)
     state = NodeState(
@@ -117,7 +123,7 @@ def make_shell(settings: NodeSettings) -> NodeShell:
         eviction=make_eviction(settings.eviction),
         limits=settings.limits(),
     )
-    return NodeShell(state, {pool.id: arena}, SystemClock())
+    return NodeShell(state, {pool.id: arena}, SystemClock(), transports)
 
 
 async def serve_node(settings: NodeSettings, stop: Stop) -> None:

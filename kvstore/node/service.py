@@ -1,8 +1,9 @@
 """The gRPC door: the same requests for other hosts, and the slow path for bytes.
 
 Rules kept here: a gRPC caller has no connection that could be its session (`peers`), so a lease's capability, a MAC
-that only this node can make, is the right to it. Every chunk of Write and Read asks the state again whether the lease
-still lives. A call that is cancelled stops waiting inside the state.
+that only this node can make, is the right to it. What the data plane opens under a lease is granted in the same turn
+of the loop as the lease, so that nothing can end the one and leave the other. Every chunk of Write and Read asks the
+state again whether the lease still lives. A call that is cancelled stops waiting inside the state.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import hmac
 import itertools
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from snowskin.kvstore import tracing
@@ -20,18 +21,24 @@ from snowskin.kvstore.call_spans import facts_of_reply
 from snowskin.kvstore.errors import BadRequest, CommitRefused, DeadlineExceeded, LeaseUnknown
 from snowskin.kvstore.messages import (
     AbortRequest,
+    CommitRequest,
+    Committed,
+    GrantedRegion,
+    Lease,
     LeaseId,
     Matched,
+    MatchRequest,
     ReleaseRequest,
     ReplyMessage,
     Request,
     Reserved,
+    ReserveRequest,
 )
 from snowskin.kvstore.node.peers import PeerSessions
 from snowskin.kvstore.node.watching import Watchers, WatchLimits
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import reply_to, request_from
-from snowskin.transport.errors import SnowskinError
+from snowskin.transport.errors import SnowskinError, TransportError
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
@@ -50,8 +57,20 @@ NO_ANSWER = 0  # as a call id: calls count from 1
 log = get_logger(__name__)
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A call whose answer has not come."""
+
+    request: Request
+    answered: asyncio.Future[ReplyMessage]
+
+
 class StoreService(store_pb2_grpc.StoreServicer):
-    """The Store service over one node's shell."""
+    """The Store service over one node's shell.
+
+    Attributes:
+        read_nbytes, written_nbytes: what went by the slow path.
+    """
 
     def __init__(self, shell: NodeShell, watch_limits: WatchLimits | None = None) -> None:
         """Nobody has called yet."""
@@ -59,31 +78,69 @@ class StoreService(store_pb2_grpc.StoreServicer):
         self.watchers = Watchers(shell, watch_limits)
         self._secret = secrets.token_bytes(32)
         self._calls = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[ReplyMessage]] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self.read_nbytes = 0
+        self.written_nbytes = 0
         self._peers = PeerSessions(shell, self._answer)
 
     def close(self) -> None:
         """Ends every session and every waiting call."""
         self._peers.close()
-        for future in self._waiting.values():
-            future.cancel()
+        for waiting in self._waiting.values():
+            waiting.answered.cancel()
         self._waiting.clear()
 
     def _answer(self, call_id: int, reply: ReplyMessage | SnowskinError) -> None:
-        future = self._waiting.pop(call_id, None)
-        if future is None or future.done():
+        waiting = self._waiting.pop(call_id, None)
+        if waiting is None or waiting.answered.done():
             self._take_back(reply)
-            return
-        if isinstance(reply, SnowskinError):
-            future.set_exception(reply)
+        elif isinstance(reply, SnowskinError):
+            waiting.answered.set_exception(reply)
         else:
-            future.set_result(reply)
+            waiting.answered.set_result(self._with_rights(waiting.request, reply))
+
+    def _with_rights(self, request: Request, reply: ReplyMessage) -> ReplyMessage:
+        """The reply, with what its caller needs to use a lease: its capability, and regions of the data plane."""
+        match request, reply:
+            case MatchRequest() | ReserveRequest(), Matched(lease=Lease() as lease) | Reserved(
+                lease=Lease() as lease
+            ):
+                extents = [(r.extent.pool_id, r.extent.offset, r.extent.nbytes) for r in reply.runs]
+                regions = self._open(request, lease.id, extents, lease.ttl_s)
+                capability = self._capability(lease.id)
+                return replace(reply, lease=replace(lease, capability=capability, regions=regions))
+            case CommitRequest(), Committed() if reply.num_blocks_left:
+                now_s = self._shell.clock.now_s()
+                left, life_s = self._shell.state.left_to_write(request.lease_id, now_s)
+                regions = self._open(request, request.lease_id, left, life_s)
+                return replace(reply, regions=regions)
+        return reply
+
+    def _open(
+        self,
+        request: MatchRequest | ReserveRequest | CommitRequest,
+        lease_id: LeaseId,
+        extents: list[tuple[int, int, int]],
+        life_s: float,
+    ) -> tuple[GrantedRegion, ...]:
+        """The regions of a lease on the data plane; none where it cannot open any: then bytes go the slow path."""
+        try:
+            return self._shell.data_plane.grant(
+                lease_id,
+                extents,
+                request.schemes,
+                writable=not isinstance(request, MatchRequest),
+                life_s=life_s,
+            )
+        except TransportError as error:
+            log.error("lease not opened on the data plane", lease=lease_id, error=str(error))
+            return ()
 
     async def _call(self, session_id: SessionId, name: str, message: Any, response: Any) -> Any:
         request = request_from(name, message)
         call_id = next(self._calls)
         future: asyncio.Future[ReplyMessage] = asyncio.get_running_loop().create_future()
-        self._waiting[call_id] = future
+        self._waiting[call_id] = _Waiting(request, future)
         try:
             self._shell.request(session_id, call_id, request)
             reply = await future
@@ -95,9 +152,6 @@ class StoreService(store_pb2_grpc.StoreServicer):
         finally:
             self._waiting.pop(call_id, None)
             self._peers.done()
-        if isinstance(reply, Matched | Reserved) and reply.lease is not None:
-            capability = self._capability(reply.lease.id)
-            reply = replace(reply, lease=replace(reply.lease, capability=capability))
         if tracing.current() is not None:
             facts = facts_of_reply(reply)
             tracing.annotate(**facts)
@@ -265,6 +319,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
                 buffer = self._shell.arenas[pool_id].buffer
                 buffer[start : start + nbytes].data[:] = data[skip : skip + nbytes]
             written_nbytes += len(data)
+            self.written_nbytes += len(data)
         return store_pb2.WriteResponse(nbytes=written_nbytes)
 
     async def Read(  # noqa: N802
@@ -309,6 +364,7 @@ class StoreService(store_pb2_grpc.StoreServicer):
                 self._shell.arenas[pool_id].buffer[start : start + length].tobytes()
                 for pool_id, start, _, length in _pieces(places, offset, nbytes)
             )
+            self.read_nbytes += nbytes
             yield store_pb2.ReadResponse(offset=offset, data=data)
             offset += nbytes
 

@@ -26,6 +26,7 @@ from snowskin.kvstore.messages import (
     SessionId,
     StatRequest,
 )
+from snowskin.kvstore.node.data_plane import DataPlane
 from snowskin.kvstore.release_board import ReleaseBoard, make_descriptor
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.memory import Memfd, MemoryRegion
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.node.state import NodeState
     from snowskin.kvstore.pool.arena import Arena
     from snowskin.kvstore.session import Session
+    from snowskin.transport.api import Transport
     from snowskin.transport.errors import SnowskinError
 
 Answer = Callable[[int, "ReplyMessage | SnowskinError"], None]
@@ -51,10 +53,20 @@ log = get_logger(__name__)
 
 
 class NodeShell:
-    """A node's state with its memory, clock and sessions' ways back."""
+    """A node's state with its memory, clock and sessions' ways back.
 
-    def __init__(self, state: NodeState, arenas: dict[int, Arena], clock: Clock) -> None:
-        """Owns `arenas` (by pool id) and closes them."""
+    Attributes:
+        data_plane: what sessions that map no memory pull from and push to.
+    """
+
+    def __init__(
+        self,
+        state: NodeState,
+        arenas: dict[int, Arena],
+        clock: Clock,
+        transports: Sequence[Transport] = (),
+    ) -> None:
+        """Owns `arenas` (by pool id) and the data plane's `transports`, and closes them."""
         self.state = state
         self.arenas = arenas
         self.clock = clock
@@ -67,7 +79,10 @@ class NodeShell:
         self._timer_at_s = 0.0
         self._transport = ShmTransport()
         self._regions = {pool_id: self._register(arena) for pool_id, arena in arenas.items()}
+        self.data_plane = DataPlane(transports, arenas, epoch=state.epoch)
         state.settle_leases_by(self._read_boards)
+        state.keep_grants_by(self.data_plane)
+        state.transports = self.data_plane.schemes
 
     def open_session(
         self,
@@ -214,6 +229,7 @@ class NodeShell:
         for board in self._boards.values():
             board.close()
         self._boards.clear()
+        self.data_plane.close()
         for region in self._regions.values():
             region.close()
         self._transport.close()

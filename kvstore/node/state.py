@@ -305,6 +305,19 @@ class NodeState:
         """The blocks under a live write lease; asked again before every chunk."""
         return self._writing.writable(lease_id, now_s)
 
+    def left_to_write(
+        self, lease_id: LeaseId, now_s: float
+    ) -> tuple[list[tuple[int, int, int]], float]:
+        """Pool, offset and bytes of each block that a write lease has not committed, and the life it has left."""
+        lease = self._writing.leases.get(lease_id)
+        if lease is None or not lease.is_live(now_s):
+            return [], 0.0
+        left = [
+            (block.segment.pool_id, block.offset, block.segment.block_nbytes)
+            for block in lease.hold.left
+        ]
+        return left, lease.expires_at_s - now_s
+
     # --- for those who watch
 
     def watch(

@@ -28,10 +28,10 @@ def key_of(number: int) -> bytes:
 class ServedNode:
     """One node; `session` is that of a writer."""
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, *, transports=(), **settings) -> None:
         settings = {"dram_nbytes": 1 << 20, "watch_beat_s": 30.0, "watch_stall_s": 30.0, **settings}
         self.settings = NodeSettings(**settings)
-        self.shell = make_shell(self.settings)
+        self.shell = make_shell(self.settings, transports)
         self.service = StoreService(self.shell, self.settings.watch_limits())
         self.admin = NodeAdminService(self.shell)
         self.replies: list = []
@@ -81,9 +81,12 @@ class ServedNode:
 
 
 @asynccontextmanager
-async def served_node(*, port: int = 0, **settings):
-    """A node that serves Store and NodeAdmin, drained on leaving; `port` is the one of a life before."""
-    served = ServedNode(**settings)
+async def served_node(*, port: int = 0, transports=(), **settings):
+    """A node that serves Store and NodeAdmin, drained on leaving; `port` is the one of a life before.
+
+    `transports` are those of its data plane.
+    """
+    served = ServedNode(transports=transports, **settings)
     async with serving(
         [
             (store_pb2_grpc.add_StoreServicer_to_server, served.service),

@@ -1,4 +1,4 @@
-"""What a copy through the local door promises its caller when it ends early."""
+"""What a copy promises its caller when it ends early, and how its errors are said."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import asyncio
 import numpy as np
 import pytest
 
-from snowskin.kvstore.client.door_connection import _until_settled
+from snowskin.kvstore.client.region_moves import until_settled
 from snowskin.transport.memory import region_of
 
 
 async def test_a_cancelled_copy_is_over_when_nothing_of_it_can_land_any_more():
     with region_of(np.zeros(100, np.uint8)) as target:
         target.quarantine("piece", [(0, 100)])
-        task = asyncio.create_task(_until_settled(asyncio.Event().wait(), target))
+        task = asyncio.create_task(until_settled(asyncio.Event().wait(), target))
         for _ in range(3):  # however often it is cancelled
             await asyncio.sleep(0)
             task.cancel()
@@ -29,4 +29,4 @@ async def test_a_copy_that_ended_well_is_not_waited_for():
     with region_of(np.zeros(100, np.uint8)) as target:
         done = asyncio.get_running_loop().create_future()
         done.set_result(None)
-        await asyncio.wait_for(_until_settled(done, target), 5)
+        await asyncio.wait_for(until_settled(done, target), 5)

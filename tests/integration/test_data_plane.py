@@ -1,0 +1,398 @@
+"""Leases on the data plane: what they open, for how long, and that nothing else is reached; on every transport."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.client.transports import ClientTransports
+from snowskin.kvstore.messages import (
+    AbortRequest,
+    CommitRequest,
+    MatchRequest,
+    ReleaseRequest,
+    RenewRequest,
+    ReserveRequest,
+)
+from snowskin.transport.descriptor import RegionDescriptor
+from snowskin.transport.errors import (
+    GrantRefused,
+    OutOfBounds,
+    RegionExpired,
+    RegionReadOnly,
+    TransportUnavailable,
+)
+from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
+from snowskin.transport.memory import region_of
+from snowskin.transport.runs import Run
+from tests.support.served_node import served_node
+from tests.support.store_drivers import keys_of, namespace_of, noise
+
+BLOCK = 4096
+NAMESPACE = namespace_of(1)
+CANARY = 0xA5
+PULL_S = 5.0
+
+
+@asynccontextmanager
+async def node_and_client(network=None, **settings):
+    """A node with a data plane, and a client that uses it."""
+    network = network or LoopbackNetwork()
+    settings = {"dram_nbytes": 8 << 20, **settings}
+    async with served_node(transports=[LoopbackTransport(network)], **settings) as node:
+        transports = ClientTransports(
+            "loopback", factories={"loopback": lambda: LoopbackTransport(network)}
+        )
+        node.shell.arenas[0].buffer[:] = CANARY
+        try:
+            async with await StoreClient.connect(
+                node.address, client_name="one", transports=transports
+            ) as client:
+                yield node, client
+        finally:
+            transports.close()
+
+
+class Holder:
+    """Leases by the client's own calls, and transfers with what they brought: what a hostile client could do."""
+
+    def __init__(self, client):
+        self.connection = client._connection
+        self.transport = self.connection._moves._transports.get("loopback")
+        self.memory = region_of(noise(7, 64 * BLOCK))
+
+    async def call(self, request, lease=None):
+        return await self.connection.call(request, timeout_s=2, lease=lease, request_id="")
+
+    async def reserve(self, seed, num_blocks, **arguments):
+        return await self.call(
+            ReserveRequest(
+                namespace=NAMESPACE, keys=keys_of(seed, num_blocks), block_nbytes=BLOCK, **arguments
+            )
+        )
+
+    async def match(self, seed, num_blocks, **arguments):
+        return await self.call(
+            MatchRequest(namespaces=(NAMESPACE,), keys=keys_of(seed, num_blocks), **arguments)
+        )
+
+    async def commit(self, lease, num_blocks):
+        return await self.call(
+            CommitRequest(
+                lease_id=lease.id, num_blocks=num_blocks, checksums=bytes(4 * num_blocks)
+            ),
+            lease,
+        )
+
+    async def published(self, seed, num_blocks):
+        """Commits blocks of the node's own bytes, as they lie there."""
+        reserved = await self.reserve(seed, num_blocks)
+        await self.commit(reserved.lease, num_blocks)
+
+    def pull(self, lease, offset, nbytes, **changes):
+        descriptor = replace(described(lease), **changes)
+        remote = self.transport.attach(descriptor)
+        try:
+            self.transport.pull(
+                remote, self.memory, [Run(offset, 0, nbytes)], deadline_s=self.soon()
+            )
+        finally:
+            remote.close()
+
+    def push(self, lease, offset, nbytes, **changes):
+        descriptor = replace(described(lease), **changes)
+        remote = self.transport.attach(descriptor, writable=descriptor.writable)
+        try:
+            self.transport.push(
+                self.memory, remote, [Run(offset, 0, nbytes)], deadline_s=self.soon()
+            )
+        finally:
+            remote.close()
+
+    def soon(self):
+        return self.transport.now_s() + PULL_S
+
+
+def described(lease):
+    ((data,),) = [region.descriptors for region in lease.regions]
+    return RegionDescriptor.from_bytes(data)
+
+
+def place(reply):
+    (run,) = reply.runs
+    return run.extent.offset, run.extent.nbytes
+
+
+async def test_bytes_go_by_the_data_plane_and_not_by_grpc():
+    async with node_and_client() as (node, client):
+        data = noise(1, 4 * BLOCK)
+        where = range(0, data.nbytes, BLOCK)
+        await client.publish(
+            namespace=NAMESPACE, keys=keys_of(1, 4), block_nbytes=BLOCK,
+            local=client.register(data), local_offsets=where,
+        )  # fmt: skip
+        landing = np.zeros_like(data)
+        pulled = await client.pull(
+            namespace=NAMESPACE, keys=keys_of(1, 4), block_nbytes=BLOCK,
+            local=client.register(landing), local_offsets=where,
+        )  # fmt: skip
+        assert pulled.num_blocks == 4
+        assert (landing == data).all()
+        assert (node.service.read_nbytes, node.service.written_nbytes) == (0, 0)
+        moved = Holder(client).transport.statistics()
+        assert (moved.pulled_nbytes, moved.pushed_nbytes) == (data.nbytes, data.nbytes)
+
+
+async def test_a_lease_opens_its_own_extents_and_no_neighbours():
+    async with node_and_client() as (node, client):
+        holder = Holder(client)
+        before, mine, behind = [await holder.reserve(seed, 2) for seed in (1, 2, 3)]
+        offset, nbytes = place(mine)
+        assert place(before)[0] + 2 * BLOCK == offset == place(behind)[0] - 2 * BLOCK
+        holder.push(mine.lease, offset, nbytes)
+        for wrong_offset, wrong_nbytes in [
+            (offset - 1, 1), (offset - 1, nbytes), (offset, nbytes + 1), (offset + nbytes, 1),
+            (offset + nbytes - 1, 2), (0, 1), (node.shell.arenas[0].nbytes - 1, 1),
+        ]:  # fmt: skip
+            with pytest.raises(OutOfBounds):
+                holder.push(mine.lease, wrong_offset, wrong_nbytes)
+            with pytest.raises(OutOfBounds):
+                holder.pull(mine.lease, wrong_offset, wrong_nbytes)
+        buffer = node.shell.arenas[0].buffer
+        assert (buffer[offset : offset + nbytes] == holder.memory.buffer[:nbytes]).all()
+        assert (buffer[:offset] == CANARY).all(), "a neighbour's bytes were written"
+        assert (buffer[offset + nbytes :] == CANARY).all(), "a neighbour's bytes were written"
+
+
+async def test_a_match_opens_for_reading_only():
+    async with node_and_client() as (_, client):
+        holder = Holder(client)
+        await holder.published(1, 2)
+        matched = await holder.match(1, 2)
+        holder.pull(matched.lease, *place(matched))
+        with pytest.raises(RegionReadOnly):
+            holder.push(matched.lease, *place(matched))
+
+
+async def released(_, holder):
+    await holder.published(1, 1)
+    matched = await holder.match(1, 1)
+    await holder.call(ReleaseRequest(lease_ids=(matched.lease.id,)), matched.lease)
+    return matched
+
+
+async def aborted(_, holder):
+    reserved = await holder.reserve(1, 1)
+    await holder.call(AbortRequest(lease_id=reserved.lease.id), reserved.lease)
+    return reserved
+
+
+async def committed(_, holder):
+    reserved = await holder.reserve(1, 1)
+    await holder.commit(reserved.lease, 1)
+    return reserved
+
+
+async def revoked_reader(node, holder):
+    await holder.published(1, 1)
+    matched = await holder.match(1, 1)
+    node.shell.revoke_lease(matched.lease.id)
+    return matched
+
+
+async def revoked_writer(node, holder):
+    reserved = await holder.reserve(1, 1)
+    node.shell.revoke_lease(reserved.lease.id)
+    return reserved
+
+
+async def fenced(node, holder):
+    reserved = await holder.reserve(1, 1)
+    node.shell.fence_session(session_of(node, reserved))
+    return reserved
+
+
+async def session_ended(node, holder):
+    reserved = await holder.reserve(1, 1)
+    node.shell.end_session(session_of(node, reserved))
+    return reserved
+
+
+def session_of(node, reply):
+    state = node.shell.state
+    return state.sessions.get(state.holder_of(reply.lease.id))
+
+
+ENDINGS = (
+    released, aborted, committed, revoked_reader, revoked_writer, fenced, session_ended,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ENDINGS, ids=[ending.__name__ for ending in ENDINGS])
+async def test_what_ends_a_lease_ends_what_it_opened(ending):
+    async with node_and_client() as (node, client):
+        holder = Holder(client)
+        reply = await ending(node, holder)
+        with pytest.raises(GrantRefused):
+            holder.pull(reply.lease, *place(reply))
+        with pytest.raises((GrantRefused, RegionReadOnly)):
+            holder.push(reply.lease, *place(reply))
+        assert not len(node.shell.data_plane)
+
+
+@pytest.mark.parametrize("grace_s", [0.05, 60.0])
+async def test_a_lease_that_ran_out_serves_nothing_and_a_renewed_one_does(grace_s):
+    async with node_and_client(read_lease_s=0.2, grace_s=grace_s) as (node, client):
+        holder = Holder(client)
+        await holder.published(1, 1)
+        kept, left = [await holder.match(1, 1) for _ in range(2)]
+        wrongly = {"expires_in_s": float("inf")}  # what a client that counts wrongly believes
+
+        async def renew():
+            request = RenewRequest(lease_ids=(kept.lease.id,), ttl_s=0.2)
+            assert (await holder.call(request, kept.lease)).ttl_s[0] > 0
+
+        await until_refused(lambda: holder.pull(left.lease, *place(left), **wrongly), renew)
+        holder.pull(kept.lease, *place(kept), **wrongly)
+        await until_refused(lambda: holder.pull(kept.lease, *place(kept), **wrongly), yielding)
+        async with asyncio.timeout(5):
+            while grace_s < 1.0 and len(node.shell.data_plane):  # noqa: ASYNC110  its grace ends too
+                await asyncio.sleep(0.01)
+
+
+async def yielding():
+    await asyncio.sleep(0.001)
+
+
+async def until_refused(move, meanwhile):
+    """Moves again and again until it is refused, and returns then."""
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                move()
+            except (GrantRefused, RegionExpired):
+                return
+            await meanwhile()
+
+
+async def test_a_commit_of_a_part_ends_what_was_open_and_opens_the_rest():
+    async with node_and_client() as (_, client):
+        holder = Holder(client)
+        reserved = await holder.reserve(1, 3)
+        offset, nbytes = place(reserved)
+        holder.push(reserved.lease, offset, nbytes)
+        committed = await holder.commit(reserved.lease, 1)
+        assert committed.num_blocks_left == 2
+        with pytest.raises(GrantRefused):
+            holder.push(reserved.lease, offset + BLOCK, BLOCK)
+        rest = replace(reserved.lease, regions=committed.regions)
+        holder.push(rest, offset + BLOCK, 2 * BLOCK)
+        with pytest.raises(OutOfBounds):
+            holder.push(rest, offset, BLOCK)
+        done = await holder.commit(reserved.lease, 2)
+        assert (done.num_blocks_left, done.regions) == (0, ())
+        with pytest.raises(GrantRefused):
+            holder.push(rest, offset + BLOCK, BLOCK)
+
+
+async def test_forged_words_open_nothing():
+    async with node_and_client() as (node, client):
+        holder = Holder(client)
+        await holder.published(1, 1)
+        matched = await holder.match(1, 1)
+        true = described(matched.lease)
+        for changes in (
+            {"capability": bytes(16)},
+            {"epoch": true.epoch ^ 1},
+            {"generation": true.generation + 1},
+        ):
+            with pytest.raises(GrantRefused):
+                holder.pull(matched.lease, *place(matched), **changes)
+        assert true.epoch == node.shell.state.epoch
+
+
+async def test_room_that_was_given_to_another_is_not_written_by_whom_it_was_taken_from():
+    """The next owner of the bytes asks in the very call that ends the lease of the first."""
+    async with node_and_client(dram_nbytes=1 << 20) as (node, client):
+        holder = Holder(client)
+        num_blocks = (1 << 20) // BLOCK
+        first = await holder.reserve(1, num_blocks)
+        waiting = asyncio.create_task(holder.reserve(2, num_blocks, timeout_s=5.0))
+        async with asyncio.timeout(5):
+            while not node.shell.state.has_waiting_reserves:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        await holder.call(AbortRequest(lease_id=first.lease.id), first.lease)
+        second = await waiting
+        assert place(first) == place(second)
+        with pytest.raises(GrantRefused):
+            holder.push(first.lease, *place(first)[:1], BLOCK)
+        assert (node.shell.arenas[0].buffer == CANARY).all()
+        holder.push(second.lease, place(second)[0], BLOCK)
+
+
+async def test_a_client_without_schemes_gets_no_regions_and_goes_the_slow_path():
+    async with node_and_client() as (node, _):
+        transports = ClientTransports("grpc")
+        async with await StoreClient.connect(
+            node.address, client_name="slow", transports=transports
+        ) as client:
+            holder_calls = client._connection.call
+            reserved = await holder_calls(
+                ReserveRequest(namespace=NAMESPACE, keys=keys_of(9, 1), block_nbytes=BLOCK),
+                timeout_s=2, lease=None, request_id="",
+            )  # fmt: skip
+            assert reserved.lease.regions == ()
+            assert not len(node.shell.data_plane)
+            data = noise(2, BLOCK)
+            await client.publish(
+                namespace=NAMESPACE, keys=keys_of(3, 1), block_nbytes=BLOCK,
+                local=client.register(data), local_offsets=[0],
+            )  # fmt: skip
+        assert node.service.written_nbytes == BLOCK
+
+
+async def test_what_was_demanded_and_is_not_served_is_said_with_what_to_do():
+    async with served_node() as node:
+        with pytest.raises(TransportUnavailable, match="--transport auto"):
+            await StoreClient.connect(
+                node.address, client_name="one", transports=ClientTransports("tcp")
+            )
+    with pytest.raises(TransportUnavailable, match="HOST:PORT"):
+        await StoreClient.connect(
+            "unix:/nowhere", client_name="one", transports=ClientTransports("tcp")
+        )
+
+
+async def test_by_shared_memory_only_an_address_moves_no_bytes():
+    async with served_node() as node:
+        async with await StoreClient.connect(
+            node.address, client_name="one", transports=ClientTransports("shm")
+        ) as client:
+            with pytest.raises(TransportUnavailable, match="local door"):
+                await client.publish(
+                    namespace=NAMESPACE, keys=keys_of(3, 1), block_nbytes=BLOCK,
+                    local=client.register(noise(2, BLOCK)), local_offsets=[0],
+                )  # fmt: skip
+        assert node.shell.state.stat().pools[0].reserved_nbytes == 0
+        assert node.service.written_nbytes == 0
+
+
+async def test_a_node_that_started_anew_refuses_the_grants_of_its_former_life():
+    network = LoopbackNetwork()
+    async with node_and_client(network) as (_, client):
+        holder = Holder(client)
+        await holder.published(1, 1)
+        before = await holder.match(1, 1)
+    async with node_and_client(network) as (_, client):
+        holder = Holder(client)
+        await holder.published(1, 1)
+        after = await holder.match(1, 1)
+        assert place(before) == place(after)
+        with pytest.raises(GrantRefused):
+            holder.pull(before.lease, *place(before))
+        holder.pull(after.lease, *place(after))
