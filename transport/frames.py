@@ -447,6 +447,8 @@ def _decode_ask(op: int, body: bytes, *, is_push: bool) -> Ask:
 
 def _decode_fail(op: int, body: bytes) -> Fail:
     retry_after_ms, reason_nbytes, message_nbytes = _FAIL.unpack_from(body)
+    if reason_nbytes > _MAX_REASON_NBYTES or message_nbytes > MAX_MESSAGE_NBYTES:
+        raise BadFrame(f"FAIL with a reason of {reason_nbytes} bytes and {message_nbytes} more")
     if len(body) != _FAIL.size + reason_nbytes + message_nbytes:
         raise BadFrame(f"FAIL of {len(body)} bytes")
     reason_end = _FAIL.size + reason_nbytes

@@ -312,12 +312,9 @@ class ServedConnection:
                     return self._partial_since_s + settings.frame_timeout_s
                 idle_s = settings.idle_timeout_s or math.inf
                 return self._heard_at_s + idle_s
-            case Phase.SENDING | Phase.RECEIVING:
+            case Phase.SENDING | Phase.RECEIVING | Phase.AWAITING_DONE:
                 assert transfer is not None, "in these phases there is one"
                 return min(transfer.deadline_s, transfer.moved_at_s + settings.frame_timeout_s)
-            case Phase.AWAITING_DONE:
-                assert transfer is not None, "in this phase there is one"
-                return transfer.deadline_s
             case Phase.GREETING:
                 return self._since_s + settings.hello_timeout_s
             case Phase.LEAVING:
