@@ -113,6 +113,11 @@ class TcpTransport(OrderedTransport):
         if self._settings.listen:
             self._owner = TcpOwner(self.grants, self._settings, self, now_s=now_s)
 
+    @property
+    def reachability(self) -> Reachability | None:
+        """Where this owner is found; None where it only reads."""
+        return None if self._owner is None else self._owner.reachability
+
     def descriptor_extra(self, region: MemoryRegion) -> bytes:
         """Where this owner is reached."""
         if self._owner is None:
