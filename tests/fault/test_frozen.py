@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.node_process import NodeProcess, eventually
+from tests.support.node_process import NodeProcess
 from tests.support.store_child import StoreChild, Task
 from tests.support.store_drivers import DRIVERS, WAYS, connected
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
 

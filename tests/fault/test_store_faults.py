@@ -26,9 +26,10 @@ from snowskin.kvstore.errors import (
     TailUnknown,
 )
 from snowskin.kvstore.messages import MatchRequest, ReleaseRequest
-from tests.support.node_process import NodeProcess, eventually
+from tests.support.node_process import NodeProcess
 from tests.support.store_child import StoreChild, Task
 from tests.support.store_drivers import DRIVERS, WAYS, connected, noise
+from tests.support.waiting import eventually
 
 BLOCK_NBYTES = 256 << 10
 POOL_NBYTES = 4 << 20

@@ -28,9 +28,9 @@ from snowskin.transport.frames import (
     encode,
 )
 from tests.fuzz.targets import parsed
-from tests.support.node_process import eventually
 from tests.support.raw_tcp import HELLO, WELCOME, RawReader, ask_of, changed, head, reachable
 from tests.support.transfer_child import TestMemory, TransferChild, has_canaries
+from tests.support.waiting import eventually
 
 NBYTES = 1 << 20
 FIRST, SECOND = Range(4096, 65_536), Range(200_000, 1_000)

@@ -39,9 +39,10 @@ from snowskin.kvstore.wire import EMPTY_KEYS
 from snowskin.tools.cluster.main import cli
 from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import door_pb2, store_pb2, store_pb2_grpc
-from tests.support.node_process import NodeProcess, eventually
+from tests.support.node_process import NodeProcess
 from tests.support.raw_door import RawDoor
 from tests.support.store_drivers import DRIVERS, WAYS, connected, keys_of, namespace_of
+from tests.support.waiting import eventually
 
 # The grace is long, so that what ran out can be looked at before it is gone; every test gives it back.
 NODE = {"dram_nbytes": 4 << 20, "log_level": "error", "grace_s": 30.0, "max_extent_nbytes": 1 << 20}

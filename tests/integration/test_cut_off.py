@@ -9,9 +9,10 @@ from snowskin.kvstore import errors
 from snowskin.kvstore.frames import frame
 from snowskin.kvstore.messages import AbortRequest, ReserveRequest
 from snowskin.v1 import door_pb2
-from tests.support.node_process import NodeProcess, eventually
+from tests.support.node_process import NodeProcess
 from tests.support.raw_door import RawDoor
 from tests.support.store_drivers import connected, keys_of, namespace_of
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 # The grace is long: what comes back comes because the client has closed.

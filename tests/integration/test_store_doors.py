@@ -19,9 +19,10 @@ from snowskin.kvstore.messages import Access, WakeReason
 from snowskin.kvstore.node import door as door_module
 from snowskin.kvstore.node.daemon import NodeSettings, serve_node
 from snowskin.transport.errors import OutOfBounds, RegionReadOnly, TransportClosed
-from tests.support.node_process import NodeProcess, eventually
+from tests.support.node_process import NodeProcess
 from tests.support.roles import running
 from tests.support.store_drivers import DRIVERS, WAYS, connected, keys_of, namespace_of, noise
+from tests.support.waiting import eventually
 
 NODE = {"dram_nbytes": 64 << 20, "log_level": "warning", "grace_s": 0.1}
 

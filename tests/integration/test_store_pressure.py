@@ -18,8 +18,9 @@ from snowskin.kvstore.node.daemon import NodeSettings, make_shell
 from snowskin.kvstore.node.peers import PeerSessions
 from snowskin.kvstore.rpc import CLIENT_HEADER
 from snowskin.v1 import store_pb2, store_pb2_grpc
-from tests.support.node_process import NodeProcess, eventually
+from tests.support.node_process import NodeProcess
 from tests.support.store_drivers import DRIVERS, WAYS, connected, keys_of, namespace_of, noise
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 POOL_NBYTES = 64 * MIB

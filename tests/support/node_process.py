@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,22 +19,13 @@ from snowskin.kvstore.client.blocking import BlockingStoreClient
 from snowskin.kvstore.messages import Access, NodeStat
 from snowskin.kvstore.node.daemon import NodeSettings, serve_node
 from snowskin.kvstore.role import run_role
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 20.0
 END_S = 10.0
-LOOK_S = 0.005
 # What a client can leave behind in a node; gRPC's pollers open events and pipes of their own when they like.
 CLIENTS_FDS = ("socket:", "/memfd:")
-
-
-def eventually(is_so, within_s: float, what: str = ""):
-    """Waits until `is_so()` is true; another process has no event that we could wait on."""
-    deadline_s = time.monotonic() + within_s
-    while not (value := is_so()):
-        assert time.monotonic() < deadline_s, f"not so within {within_s} s: {what or is_so}"
-        time.sleep(LOOK_S)
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
