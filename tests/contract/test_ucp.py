@@ -17,10 +17,10 @@ from snowskin.transport.ucp import abi, binding
 from snowskin.transport.ucp.api import (
     MAX_HEADER_NBYTES,
     MAX_PEER_BYTES,
-    MemoryKind,
     Span,
     UcpFailure,
     UcpFeature,
+    UcpMemoryType,
 )
 from snowskin.transport.ucp.binding import open_context, why_unavailable
 from snowskin.transport.ucp.ctypes_ucp import own_settings
@@ -101,7 +101,7 @@ def test_message_brings_its_header_and_its_gathered_payload(pair: Pair) -> None:
 def test_gets_and_puts_move_exactly_their_bytes(pair: Pair) -> None:
     remote = np.random.default_rng(3).integers(0, 256, 3 << 20, dtype=np.uint8)
     local = np.zeros(1 << 20, dtype=np.uint8)
-    memory = pair.far_context.map(span_of(remote), MemoryKind.HOST)
+    memory = pair.far_context.map(span_of(remote), UcpMemoryType.HOST)
     key = pair.endpoint.unpack(memory.pack())
     ended: list[UcpFailure | None] = []
     key.get(span_of(local), remote.ctypes.data + 777, ended.append)
@@ -114,8 +114,6 @@ def test_gets_and_puts_move_exactly_their_bytes(pair: Pair) -> None:
     pair.run(lambda: len(ended) == 3)
     assert ended == [None, None, None]
     assert np.array_equal(remote, wanted)
-    key.destroy()
-    key.destroy()
     memory.unmap()
     memory.unmap()
 
@@ -203,11 +201,10 @@ def test_without_the_feature_nobody_is_served_one_sided(name: str) -> None:
         stack.callback(there.close)
         here = hostile.open_worker(lambda _header, _payload: None)
         stack.callback(here.close)
-        memory = hostile.map(span_of(secret), MemoryKind.HOST)  # as good a key as any over tcp
+        memory = hostile.map(span_of(secret), UcpMemoryType.HOST)  # as good a key as any over tcp
         stack.callback(memory.unmap)
         endpoint = here.connect(there.address, lambda _failure: None)
         key = endpoint.unpack(memory.pack())
-        stack.callback(key.destroy)
         ended: list[UcpFailure | None] = []
         key.get(span_of(local), secret.ctypes.data, ended.append)
         endpoint.send(b"after it", (), lambda _failure: None)

@@ -32,7 +32,7 @@ class UcpFeature(enum.IntFlag):
     MESSAGES = 1 << 6
 
 
-class MemoryKind(enum.IntEnum):
+class UcpMemoryType(enum.IntEnum):
     """Where memory lies, in UCX's numbers."""
 
     HOST = 0
@@ -97,9 +97,6 @@ class UcpKey(Protocol):
     def put(self, local: Span, remote_address: int, done: Done) -> UcpRequest | None:
         """Writes the peer's memory; visible there after a later `flush` of the endpoint."""
 
-    def destroy(self) -> None:
-        """Forgets it; idempotent, before its endpoint is closed."""
-
 
 class UcpEndpoint(Protocol):
     """The way to one peer's worker."""
@@ -121,7 +118,7 @@ class UcpEndpoint(Protocol):
         """Tells when all earlier operations are complete at the peer."""
 
     def unpack(self, packed: bytes) -> UcpKey:
-        """Makes a peer's key usable.
+        """Makes a peer's key usable, until this endpoint is closed.
 
         A damaged key can crash this process: never one that did not come authenticated.
         """
@@ -130,7 +127,10 @@ class UcpEndpoint(Protocol):
         """What is in use, e.g. `("tcp/eth0",)`; may be empty before the first message."""
 
     def close(self, done: Done) -> None:
-        """Closes without asking the peer; then no operation of this endpoint touches memory."""
+        """Closes without asking the peer: by `done` all its operations have ended and touch nothing.
+
+        Its keys go with it.
+        """
 
 
 class UcpWorker(Protocol):
@@ -168,7 +168,7 @@ class UcpContext(Protocol):
     def version(self) -> str:
         """UCX's version."""
 
-    def map(self, span: Span, kind: MemoryKind) -> UcpMemory:
+    def map(self, span: Span, kind: UcpMemoryType) -> UcpMemory:
         """Registers memory; the caller keeps it alive until `unmap`."""
 
     def open_worker(self, arrive: Arrive) -> UcpWorker:

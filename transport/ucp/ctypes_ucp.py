@@ -20,14 +20,16 @@ from snowskin.transport.ucp.api import (
     MAX_PEER_BYTES,
     Arrive,
     Done,
-    MemoryKind,
     Span,
     UcpFailure,
     UcpFeature,
+    UcpMemoryType,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+_LAST_TURNS = 1000
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +215,7 @@ class CtypesEndpoint:
         self._worker = worker
         self._messages = worker.messages
         self._on_failure = on_failure
+        self._keys: list[int] = []
 
     def fail(self, failure: UcpFailure) -> None:
         """UCX said that this endpoint is broken."""
@@ -242,6 +245,7 @@ class CtypesEndpoint:
         library = self._messages.library
         handle = c_void_p()
         abi.check(library.ucp_ep_rkey_unpack(self.handle, packed, byref(handle)), "unpacking a key")
+        self._keys.append(handle.value or 0)
         return CtypesKey(self._worker, self.handle, handle.value or 0)
 
     def transports(self) -> tuple[str, ...]:
@@ -251,7 +255,18 @@ class CtypesEndpoint:
     def close(self, done: Done) -> None:
         """Closes by force."""
         self._worker.forget(self)
-        self._messages.close_endpoint(self.handle, done)
+
+        def closed(failure: UcpFailure | None) -> None:
+            self.destroy_keys()  # not before: operations under way use them
+            done(failure)
+
+        self._messages.close_endpoint(self.handle, closed)
+
+    def destroy_keys(self) -> None:
+        """Forgets all keys; idempotent."""
+        keys, self._keys = self._keys, []
+        for key in keys:
+            self._messages.library.ucp_rkey_destroy(key)
 
 
 class CtypesRequest:
@@ -287,12 +302,6 @@ class CtypesKey:
         """Writes the peer's memory."""
         return self._access(self._library.ucp_put_nbx, "put", local, remote_address, done)
 
-    def destroy(self) -> None:
-        """Forgets it; idempotent."""
-        handle, self._handle = self._handle, 0
-        if handle:
-            self._library.ucp_rkey_destroy(handle)
-
     def _access(
         self,
         call: Callable[..., int | None],
@@ -310,7 +319,7 @@ class CtypesKey:
 class CtypesMemory:
     """Registered memory."""
 
-    def __init__(self, library: ctypes.CDLL, context: int, span: Span, kind: MemoryKind) -> None:
+    def __init__(self, library: ctypes.CDLL, context: int, span: Span, kind: UcpMemoryType) -> None:
         """Registers `span`."""
         self._library = library
         self._context = context
@@ -420,11 +429,14 @@ class CtypesWorker:
         handle, self._handle = self._handle, 0
         if not handle:
             return
-        for endpoint in list(self._endpoints.values()):
-            self.messages.close_endpoint(endpoint.handle, _ignore)
-        self._endpoints.clear()
-        while self._library.ucp_worker_progress(handle):
-            pass
+        endpoints = list(self._endpoints.values())
+        for endpoint in endpoints:
+            endpoint.close(_ignore)
+        for _ in range(_LAST_TURNS):  # a peer that goes on sending must not keep this side
+            if not self._library.ucp_worker_progress(handle):
+                break
+        for endpoint in endpoints:
+            endpoint.destroy_keys()
         self._library.ucp_worker_destroy(handle)
         self.messages.pending.fail_all()
 
@@ -475,7 +487,7 @@ class CtypesContext:
             library.ucp_config_release(settings)
         self._handle = handle.value or 0
 
-    def map(self, span: Span, kind: MemoryKind) -> CtypesMemory:
+    def map(self, span: Span, kind: UcpMemoryType) -> CtypesMemory:
         """Registers memory."""
         return CtypesMemory(self._library, self._handle, span, kind)
 

@@ -24,10 +24,10 @@ from snowskin.transport.ucp.api import (
     MAX_PEER_BYTES,
     Arrive,
     Done,
-    MemoryKind,
     Span,
     UcpFailure,
     UcpFeature,
+    UcpMemoryType,
 )
 from snowskin.transport.ucp.ctypes_ucp import Messages, own_settings
 
@@ -100,7 +100,7 @@ class UcxPyKey:
         return self._access(load()[0].put_nb, "put", local, remote_address, done)
 
     def destroy(self) -> None:
-        """Forgets it; idempotent. ucx-py flushes the endpoint first, which fails on a broken one."""
+        """Forgets it once nothing uses it: ucx-py flushes the endpoint first, which fails on a broken one."""
         ucx_api, _ = load()
         with contextlib.suppress(ucx_api.UCXError):
             self._rkey.close()
@@ -114,7 +114,7 @@ class UcxPyKey:
         done: Done,
     ) -> UcxPyRequest | None:
         # only the address is used: UCX finds out by itself what memory it is
-        array = load()[1].Array(_buffer_of(local, MemoryKind.HOST))
+        array = load()[1].Array(_buffer_of(local, UcpMemoryType.HOST))
         return self._endpoint.post(
             what,
             lambda callback: function(array, local.nbytes, remote_address, self._rkey, callback),
@@ -132,6 +132,7 @@ class UcxPyEndpoint:
         self._worker = worker
         self._endpoint = endpoint
         self._handle: int = endpoint.handle
+        self._keys: list[UcxPyKey] = []
         self._closed = False
 
     def watch(self, on_failure: Callable[[UcpFailure], object]) -> None:
@@ -164,7 +165,9 @@ class UcxPyEndpoint:
         ucx_api, _ = load()
         with _translated("unpacking a key"):
             rkey = self._endpoint.unpack_rkey(ucx_api.PackedRemoteKey.from_buffer(packed))
-        return UcxPyKey(self, rkey)
+        key = UcxPyKey(self, rkey)
+        self._keys.append(key)
+        return key
 
     def transports(self) -> tuple[str, ...]:
         """What is in use."""
@@ -174,6 +177,9 @@ class UcxPyEndpoint:
         """Closes by force. ucx-py itself would wait for the peer, for ever for a stopped one."""
         self._closed = True
         self._worker.forget(self)
+        keys, self._keys = self._keys, []
+        for key in keys:
+            key.destroy()
         # Its finalizer would flush and close the handle once more: it must not run.
         for finalizer in _finalizers_of(self._endpoint):
             finalizer.detach()
@@ -222,7 +228,7 @@ class UcxPyEndpoint:
 class UcxPyMemory:
     """Registered memory."""
 
-    def __init__(self, context: Any, span: Span, kind: MemoryKind) -> None:
+    def __init__(self, context: Any, span: Span, kind: UcpMemoryType) -> None:
         """Registers `span`."""
         self.span = span
         with _translated(f"registering {span.nbytes} bytes of {kind.name} memory"):
@@ -320,7 +326,7 @@ class UcxPyContext:
         with _translated("opening UCX"):
             self._context = ucx_api.UCXContext(own_settings(config), wanted)
 
-    def map(self, span: Span, kind: MemoryKind) -> UcxPyMemory:
+    def map(self, span: Span, kind: UcpMemoryType) -> UcxPyMemory:
         """Registers memory."""
         return UcxPyMemory(self._context, span, kind)
 
@@ -345,9 +351,9 @@ class _DeviceArray:
         }
 
 
-def _buffer_of(span: Span, kind: MemoryKind) -> Any:
+def _buffer_of(span: Span, kind: UcpMemoryType) -> Any:
     """An object by which ucx-py finds these bytes; it copies nothing."""
-    if kind is MemoryKind.HOST:
+    if kind is UcpMemoryType.HOST:
         return (ctypes.c_uint8 * span.nbytes).from_address(span.address)
     return _DeviceArray(span)
 

@@ -1,0 +1,193 @@
+"""One peer of `ucx`: the endpoint to it, what is said over it, and when it counts as lost.
+
+Rules kept here: only the progress thread comes here; what UCX still reads is kept until UCX says so; a peer is lost
+once, for one reason, and then its endpoint is closed, which ends everything posted on it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from snowskin.transport.errors import PeerLost
+from snowskin.transport.ucp.api import Span, UcpFailure
+from snowskin.transport.ucx_wire import MessageHead, MessageKind, encode_frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from snowskin.transport.frames import Frame
+    from snowskin.transport.ucp.api import UcpWorker
+
+
+class Conversation:
+    """What both sides have in common.
+
+    Attributes:
+        session: names it in every message; nobody can guess it.
+        peer: who it is, for errors.
+        heard_at_s: when the peer last said anything.
+        said_at_s: when this side last did.
+        over: whether it was lost, or closed.
+    """
+
+    def __init__(
+        self,
+        worker: UcpWorker,
+        address: bytes,
+        session: bytes,
+        peer: str,
+        *,
+        on_lost: Callable[[PeerLost], object],
+    ) -> None:
+        """Connects; does not wait. `on_lost` is told once, unless `close` came first.
+
+        Raises:
+            UcpFailure: UCX cannot reach such an address from here.
+        """
+        self.session = session
+        self.peer = peer
+        self.over = False
+        self.heard_at_s = self.said_at_s = time.monotonic()
+        self._on_lost = on_lost
+        self._posted: dict[int, float] = {}  # sends that UCX has not finished, oldest first
+        self._numbers = itertools.count()
+        self.endpoint = worker.connect(address, self._failed)
+
+    def say(self, frame: Frame, *, position: int = 0, op: int = 0) -> None:
+        """Sends one frame; after the end nothing."""
+        self._send_bytes(MessageKind.FRAME, op, position, encode_frame(frame))
+
+    def tell(self, kind: MessageKind, op: int, position: int = 0, payload: bytes = b"") -> None:
+        """Sends any other message."""
+        self._send_bytes(kind, op, position, payload)
+
+    def send_data(
+        self, op: int, position: int, spans: Sequence[Span], done: Callable[[], object]
+    ) -> None:
+        """Sends DATA from memory that stays as it is until `done`, which always comes."""
+        if self.over:
+            done()
+            return
+        self._send(MessageHead(self.session, MessageKind.DATA, op, position), spans, done)
+
+    def hear(self) -> None:
+        """The peer lives."""
+        self.heard_at_s = time.monotonic()
+
+    def check(self, now_s: float, *, silence_s: float, stall_s: float) -> None:
+        """Loses a peer that is silent, or that takes nothing, for too long."""
+        oldest_s = next(iter(self._posted.values()), now_s)
+        if now_s - self.heard_at_s > silence_s:
+            self.lose(f"said nothing for {now_s - self.heard_at_s:.1f} s")
+        elif now_s - oldest_s > stall_s:
+            self.lose(f"took nothing for {now_s - oldest_s:.1f} s")
+
+    def lose(self, why: str) -> None:
+        """Ends it and tells why."""
+        if not self.over:
+            self.close()
+            self._on_lost(
+                PeerLost(
+                    f"{self.peer} {why}",
+                    hint="ask another replica, or again: the way is made anew",
+                    retry_after_s=0.1,
+                )
+            )
+
+    def close(self) -> None:
+        """Ends it without a word. Idempotent."""
+        if not self.over:
+            self.over = True
+            self.endpoint.close(lambda _failure: None)
+
+    def _send_bytes(self, kind: MessageKind, op: int, position: int, payload: bytes) -> None:
+        if self.over:
+            return
+        spans: tuple[Span, ...] = ()
+        buffer = None
+        if payload:
+            buffer = ctypes.create_string_buffer(payload, len(payload))
+            spans = (Span(ctypes.addressof(buffer), len(payload)),)
+        # the buffer is an argument of what UCX calls at the end, and so lives until then
+        done = functools.partial(_let_go, buffer)
+        self._send(MessageHead(self.session, kind, op, position), spans, done)
+
+    def _send(self, head: MessageHead, spans: Sequence[Span], done: Callable[[], object]) -> None:
+        number = next(self._numbers)
+        self._posted[number] = self.said_at_s = time.monotonic()
+
+        def ended(failure: UcpFailure | None) -> None:
+            self._posted.pop(number, None)
+            done()
+            if failure is not None:
+                self._failed(failure)
+
+        self.endpoint.send(head.encode(), spans, ended)
+
+    def _failed(self, failure: UcpFailure) -> None:
+        self.lose(f"is gone: {failure.status}")
+
+
+class Cursor:
+    """Walks ranges of memory in order.
+
+    Attributes:
+        position: how much was taken.
+        nbytes: how much there is.
+    """
+
+    __slots__ = ("_index", "_ranges", "_skip", "nbytes", "position")
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], base: int = 0) -> None:
+        """At the first byte of `(offset, nbytes)` ranges; `base` is the address of offset 0."""
+        self._ranges = [(base + offset, nbytes) for offset, nbytes in ranges]
+        self._index = 0
+        self._skip = 0
+        self.position = 0
+        self.nbytes = sum(nbytes for _, nbytes in ranges)
+
+    def take(self, max_nbytes: int, max_spans: int = 1 << 30) -> list[Span]:
+        """The next bytes, at most so many, in at most so many spans."""
+        spans: list[Span] = []
+        while max_nbytes and self._index < len(self._ranges) and len(spans) < max_spans:
+            address, nbytes = self._ranges[self._index]
+            nbytes -= self._skip
+            taken = min(nbytes, max_nbytes)
+            spans.append(Span(address + self._skip, taken))
+            self.position += taken
+            max_nbytes -= taken
+            if taken == nbytes:
+                self._index += 1
+                self._skip = 0
+            else:
+                self._skip += taken
+        return spans
+
+
+class FairQueue:
+    """Who may send next: the more urgent class first, within a class in turns."""
+
+    def __init__(self, num_classes: int) -> None:
+        """Empty."""
+        self._queues: tuple[deque[object], ...] = tuple(deque() for _ in range(num_classes))
+
+    def add(self, one: object, urgency: int) -> None:
+        """Puts `one` behind those of its class; who puts it twice gets it twice."""
+        self._queues[urgency].append(one)
+
+    def __iter__(self) -> Iterator[object]:
+        """Takes them out, the next one each time, until none is left."""
+        while True:
+            queue = next((queue for queue in self._queues if queue), None)
+            if queue is None:
+                return
+            yield queue.popleft()
+
+
+def _let_go(_buffer: object) -> None:
+    """The end of a message's buffer."""

@@ -1,0 +1,429 @@
+"""The reader's side of `ucx`: links to owners, and the transfers under way over them.
+
+Rules kept here: a link is made when the first transfer needs it, is kept while a region of its owner is attached, and
+is made anew after it was lost, with a growing pause; everything a lost link had under way fails with the same PeerLost.
+The progress thread (`Reader`, `Link`) never touches a landing region: what arrives is put into a transfer's `Mailbox`,
+and the thread that asked for it lands it (`ucx.py`). So a transfer that has ended lands nothing, without quarantine.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import logging
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from snowskin.transport.errors import BadFrame, PeerLost, TransportError
+from snowskin.transport.frames import (
+    Clear,
+    Done,
+    Fail,
+    Frame,
+    Ping,
+    Pong,
+    Welcome,
+)
+from snowskin.transport.ucp.api import UcpFailure
+from snowskin.transport.ucx_conversation import Conversation
+from snowskin.transport.ucx_wire import (
+    MAX_DATA_NBYTES,
+    ONE_SIDED,
+    SESSION_NBYTES,
+    Hello,
+    MessageHead,
+    MessageKind,
+    decode_frame,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from snowskin.transport.descriptor import RegionDescriptor
+    from snowskin.transport.frames import Ask
+    from snowskin.transport.memory import Bytes
+    from snowskin.transport.ordered import Order
+    from snowskin.transport.ucp.api import Span, UcpKey
+    from snowskin.transport.ucx_progress import ProgressThread, Timer
+    from snowskin.transport.ucx_settings import UcxSettings
+    from snowskin.transport.ucx_wire import Reach
+
+MAX_RECONNECT_S = 2.0
+GLANCE_S = 0.2  # how late a waiting transfer may see that a region was closed
+
+log = logging.getLogger("snowskin.transport.ucx")
+
+_ERRORS = {error.reason: error for error in TransportError.__subclasses__()}
+
+
+def error_of(fail: Fail, peer: str) -> TransportError:
+    """What an owner refused, as an error of this side."""
+    error = _ERRORS.get(fail.reason, TransportError)
+    return error(
+        f"{peer} refused it: {fail.message}"
+        if error is not TransportError
+        else f"{peer} refused it ({fail.reason}): {fail.message}",
+        retry_after_s=fail.retry_after_ms / 1000 if fail.retry_after_ms else None,
+    )
+
+
+class Buffers:
+    """Chunks of memory for what arrived and has not landed, kept for the next transfer."""
+
+    def __init__(self, max_kept: int) -> None:
+        """None yet."""
+        self._kept: collections.deque[Bytes] = collections.deque(maxlen=max_kept)
+
+    def take(self) -> Bytes:
+        """One of `MAX_DATA_NBYTES`."""
+        try:
+            return self._kept.pop()
+        except IndexError:
+            return np.empty(MAX_DATA_NBYTES, dtype=np.uint8)
+
+    def give(self, buffer: Bytes) -> None:
+        """Back."""
+        self._kept.append(buffer)
+
+
+class Mailbox:
+    """What the progress thread tells a transfer, in order; its own thread waits for it.
+
+    Attributes:
+        link: where it is under way, None before.
+        total_nbytes: of its stream.
+        arrived: of a pull, how much of the stream came; of a push, how much the owner has.
+    """
+
+    def __init__(self, order: Order, ask: Ask, position: int) -> None:
+        """`position` is that of the ask's message."""
+        self.order = order
+        self.ask = ask
+        self.position = position
+        self.total_nbytes = sum(nbytes for _, nbytes in ask.ranges)
+        self.link: Link | None = None
+        self.arrived = 0
+        self._items: collections.deque[object] = collections.deque()
+        self._error: TransportError | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether this side moves the bytes by itself."""
+        return bool(self.position & ONE_SIDED)
+
+    def put(self, item: object) -> None:
+        """Tells something."""
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify()
+
+    def fail(self, error: TransportError) -> None:
+        """Tells that nothing more will come."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Lets who waits look around."""
+        with self._changed:
+            self._changed.notify()
+
+    def complete(self, note: bytes | None) -> None:
+        """In the progress thread: tells the owner that all is where it belongs."""
+        if self.link is not None:
+            self.link.complete(self, note)
+
+    def tell_taken(self, position: int) -> None:
+        """In the progress thread: tells the owner how much is where it belongs."""
+        if self.link is not None:
+            self.link.conversation.tell(MessageKind.TAKEN, self.ask.op, position)
+
+    def stop(self) -> None:
+        """In the progress thread: gives the transfer up."""
+        if self.link is not None:
+            self.link.stop(self)
+
+    def next(self, look: Callable[[], float]) -> object:
+        """The next thing told; `look` raises what ends the transfer from this side, else says how long to wait."""
+        while True:
+            wait_s = look()
+            with self._changed:
+                if self._items:
+                    return self._items.popleft()
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait(min(wait_s, GLANCE_S))
+
+
+class Link:
+    """The way to one owner."""
+
+    def __init__(self, reader: Reader, reach: Reach, descriptor: RegionDescriptor) -> None:
+        """Connects and says HELLO, under the right of `descriptor`; raises UcpFailure."""
+        self.open = False
+        self.under_way: dict[int, Mailbox] = {}
+        self.keys: dict[bytes, UcpKey] = {}
+        self.began_at_s = time.monotonic()
+        self._reader = reader
+        self._waiting: list[Mailbox] = []
+        self.conversation = Conversation(
+            reader.thread().worker,
+            reach.address,
+            secrets.token_bytes(SESSION_NBYTES),
+            reach.name,
+            on_lost=lambda error: reader.lost(self, error),
+        )
+        settings = reader.settings
+        hello = Hello(
+            capability=descriptor.capability,
+            epoch=descriptor.epoch,
+            generation=descriptor.generation,
+            heartbeat_ms=int(settings.heartbeat_s * 1000),
+            name=settings.name,
+            address=reader.thread().worker.address,
+        )
+        self.conversation.tell(MessageKind.HELLO, 0, payload=hello.encode())
+
+    def begin(self, mailbox: Mailbox) -> None:
+        """Asks for a transfer, once the owner has answered HELLO."""
+        if not self.open:
+            self._waiting.append(mailbox)
+            return
+        self.under_way[mailbox.ask.op] = mailbox
+        self.conversation.say(mailbox.ask, position=mailbox.position)
+
+    def complete(self, mailbox: Mailbox, note: bytes | None) -> None:
+        """Says that all of a pull is where it belongs, and DONE where a note is given."""
+        op = mailbox.ask.op
+        if self.under_way.pop(op, None) is not None:
+            if not mailbox.is_one_sided:
+                self.conversation.tell(MessageKind.TAKEN, op, mailbox.arrived)
+            if note is not None:
+                self.conversation.say(Done(op=op, note=note))
+
+    def stop(self, mailbox: Mailbox) -> None:
+        """Gives a transfer up; what still comes for it is dropped."""
+        if mailbox in self._waiting:
+            self._waiting.remove(mailbox)
+        if self.under_way.pop(mailbox.ask.op, None) is not None:
+            self.conversation.tell(MessageKind.STOP, mailbox.ask.op)
+
+    def key(self, packed: bytes) -> UcpKey:
+        """The owner's key, unpacked here once; it came under the digest of its descriptor."""
+        key = self.keys.get(packed)
+        if key is None:
+            key = self.keys[packed] = self.conversation.endpoint.unpack(packed)
+        return key
+
+    def end(self, error: TransportError) -> None:
+        """Fails what is under way and closes the endpoint."""
+        self.keys.clear()
+        self.conversation.close()
+        for mailbox in [*self._waiting, *self.under_way.values()]:
+            mailbox.fail(error)
+        self._waiting.clear()
+        self.under_way.clear()
+
+    def arrive(self, head: MessageHead, payload: Span) -> None:
+        """A message of the owner."""
+        self.conversation.hear()
+        match head.kind:
+            case MessageKind.FRAME:
+                self._take_frame(decode_frame(ctypes.string_at(payload.address, payload.nbytes)))
+            case MessageKind.DATA:
+                self._take_data(head, payload)
+            case MessageKind.TAKEN:
+                mailbox = self.under_way.get(head.op)
+                if mailbox is not None:
+                    if not mailbox.ask.is_push or head.position <= mailbox.arrived:
+                        raise BadFrame(f"TAKEN {head.position} after {mailbox.arrived}")
+                    mailbox.arrived = head.position
+                    mailbox.put(head.position)
+            case _:
+                raise BadFrame(f"an owner says {head.kind.name}")
+
+    def _take_frame(self, frame: Frame) -> None:
+        match frame:
+            case Welcome():
+                self.open = True
+                waiting, self._waiting = self._waiting, []
+                self._reader.reached(self)
+                for mailbox in waiting:
+                    self.begin(mailbox)
+            case Ping():
+                self.conversation.say(Pong(op=frame.op))
+            case Pong():
+                pass
+            case Clear() | Done():
+                waits = self.under_way.get(frame.op)
+                if waits is not None:
+                    if isinstance(frame, Done):
+                        del self.under_way[frame.op]
+                    waits.put(frame)
+            case Fail() if frame.op:
+                refused = self.under_way.pop(frame.op, None)
+                if refused is not None:
+                    refused.fail(error_of(frame, self.conversation.peer))
+            case Fail():
+                self.conversation.lose(f"ended the conversation: {frame.reason} {frame.message}")
+            case _:
+                raise BadFrame(f"an owner says {type(frame).__name__.upper()}")
+
+    def _take_data(self, head: MessageHead, payload: Span) -> None:
+        mailbox = self.under_way.get(head.op)
+        if mailbox is None:
+            return  # given up meanwhile
+        if (
+            mailbox.ask.is_push
+            or head.position != mailbox.arrived
+            or not 0 < payload.nbytes <= mailbox.total_nbytes - mailbox.arrived
+        ):
+            raise BadFrame(f"DATA of {payload.nbytes} bytes at {head.position}")
+        mailbox.arrived += payload.nbytes
+        buffer = self._reader.buffers.take()
+        ctypes.memmove(buffer.ctypes.data, payload.address, payload.nbytes)
+        mailbox.put((buffer, payload.nbytes))
+
+
+class Reader:
+    """All links of a reader; every method but `num_links` only in the progress thread."""
+
+    def __init__(self, thread: Callable[[], ProgressThread], settings: UcxSettings) -> None:
+        """No link yet."""
+        self.thread = thread
+        self.settings = settings
+        self.buffers = Buffers(2 * settings.max_chunks_unacknowledged)
+        self._links: dict[bytes, Link] = {}  # by the owner's address
+        self._by_session: dict[bytes, Link] = {}
+        self._pauses: dict[bytes, tuple[float, float]] = {}  # not before, and how long next
+        self._num_attached: collections.Counter[bytes] = collections.Counter()
+        self._tick_timer: Timer | None = None
+        self.num_connected = 0
+        self.num_lost = 0
+
+    @property
+    def num_links(self) -> int:
+        """Owners that are talked to now."""
+        return len(self._links)
+
+    def transports(self) -> dict[str, tuple[str, ...]]:
+        """What UCX uses, by owner."""
+        return {
+            link.conversation.peer: link.conversation.endpoint.transports()
+            for link in self._links.values()
+            if link.open
+        }
+
+    def attach(self, address: bytes) -> None:
+        """A region of this owner is attached."""
+        self._num_attached[address] += 1
+
+    def detach(self, address: bytes) -> None:
+        """One is not any more; with the last one the link goes."""
+        self._num_attached[address] -= 1
+        if self._num_attached[address] < 1:
+            del self._num_attached[address]
+            self._pauses.pop(address, None)
+            link = self._links.get(address)
+            if link is not None:
+                self._forget(link)
+                link.end(PeerLost(f"all regions of {link.conversation.peer} were closed"))
+
+    def begin(self, mailbox: Mailbox, reach: Reach, descriptor: RegionDescriptor) -> None:
+        """Asks for a transfer; it fails by its mailbox."""
+        link = self._links.get(reach.address)
+        if link is None:
+            try:
+                link = self._connect(reach, descriptor)
+            except PeerLost as error:
+                mailbox.fail(error)
+                return
+        mailbox.link = link
+        link.begin(mailbox)
+
+    def arrive(self, head: MessageHead, payload: Span) -> bool:
+        """A message of an owner; False where it is of nobody known here."""
+        link = self._by_session.get(head.session)
+        if link is None:
+            return False
+        try:
+            link.arrive(head, payload)
+        except BadFrame as error:
+            link.conversation.lose(f"breaks the protocol: {error}")
+        return True
+
+    def reached(self, link: Link) -> None:
+        """The owner answered: the pauses begin anew."""
+        for address, known in self._links.items():
+            if known is link:
+                self._pauses.pop(address, None)
+
+    def lost(self, link: Link, error: PeerLost) -> None:
+        """The way to an owner is gone, and all that was under way over it."""
+        self.num_lost += 1
+        log.info("ucx: %s", error)
+        address = self._forget(link)
+        if address in self._num_attached:
+            _, pause_s = self._pauses.get(address, (0.0, self.settings.reconnect_s))
+            self._pauses[address] = (
+                time.monotonic() + pause_s,
+                min(2 * pause_s, MAX_RECONNECT_S),
+            )
+        link.end(error)
+
+    def close(self, error: TransportError) -> None:
+        """Ends all links."""
+        for link in list(self._links.values()):
+            self._forget(link)
+            link.end(error)
+
+    def _connect(self, reach: Reach, descriptor: RegionDescriptor) -> Link:
+        now_s = time.monotonic()
+        not_before_s, _ = self._pauses.get(reach.address, (0.0, 0.0))
+        if now_s < not_before_s:
+            raise PeerLost(
+                f"{reach.name} was lost a moment ago",
+                hint="ask another replica meanwhile",
+                retry_after_s=not_before_s - now_s,
+            )
+        try:
+            link = Link(self, reach, descriptor)
+        except (UcpFailure, ValueError) as error:
+            raise PeerLost(
+                f"{reach.name} cannot be reached: {error}", hint="do both sides share a network?"
+            ) from error
+        self._links[reach.address] = link
+        self._by_session[link.conversation.session] = link
+        self.num_connected += 1
+        if self._tick_timer is None:
+            self._tick_timer = self.thread().later(self.settings.heartbeat_s / 2, self._tick)
+        return link
+
+    def _forget(self, link: Link) -> bytes:
+        self._by_session.pop(link.conversation.session, None)
+        for address, known in list(self._links.items()):
+            if known is link:
+                del self._links[address]
+                return address
+        return b""
+
+    def _tick(self) -> None:
+        """Says PING to those who heard nothing for a while, and loses those who say nothing."""
+        self._tick_timer = None
+        now_s = time.monotonic()
+        settings = self.settings
+        for link in list(self._links.values()):
+            conversation = link.conversation
+            if not link.open and now_s - link.began_at_s > settings.connect_timeout_s:
+                conversation.lose(f"did not answer within {settings.connect_timeout_s} s")
+                continue
+            if link.open and now_s - conversation.said_at_s >= settings.heartbeat_s:
+                conversation.say(Ping(op=1))
+            conversation.check(now_s, silence_s=settings.silence_s, stall_s=settings.stall_s)
+        if self._links:
+            self._tick_timer = self.thread().later(settings.heartbeat_s / 2, self._tick)
