@@ -52,40 +52,88 @@ class Memfd:
 
 
 class LandingGate:
-    """Counts pieces that are landing; once closed lets none begin, and waits for the last."""
+    """Counts pieces that are landing; once closed lets none begin, and waits for the last.
 
-    __slots__ = ("_idle", "_lock", "_num_landing", "closed", "name")
+    `begin` and `end` take no lock, because every piece pays for them. `begin` first says that it is
+    inside and then looks whether the gate is closed; `close` first closes and then looks who is
+    inside: so one of the two sees the other.
+    """
+
+    __slots__ = ("_inside", "_left", "closed", "name")
 
     def __init__(self, name: str) -> None:
         """An open gate; `name` stands in the error of those who come too late."""
         self.name = name
         self.closed = False
-        self._num_landing = 0
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._inside: list[None] = []  # appending and popping are atomic
+        self._left = threading.Condition()
 
     def begin(self) -> None:
         """Enters, or raises TransportClosed."""
-        with self._lock:
-            if self.closed:
-                raise TransportClosed(f"{self.name} is closed")
-            self._num_landing += 1
+        self._inside.append(None)
+        if self.closed:
+            self.end()
+            raise TransportClosed(f"{self.name} is closed")
 
     def end(self) -> None:
-        """Leaves; the last one out wakes who is closing."""
-        with self._lock:
-            self._num_landing -= 1
-            if self.closed and not self._num_landing:
-                self._idle.notify_all()
+        """Leaves; wakes who is closing."""
+        self._inside.pop()
+        if self.closed:
+            with self._left:
+                self._left.notify_all()
 
     def close(self) -> bool:
         """Closes and waits until nobody is inside; False where it was closed before."""
-        with self._lock:
+        with self._left:
             first = not self.closed
             self.closed = True
-            while self._num_landing:
-                self._idle.wait()
+            while self._inside:
+                self._left.wait()
             return first
+
+
+class Quarantine:
+    """Ranges that abandoned transfers may still write, by transfer.
+
+    Attributes:
+        held: the ranges, by whatever names the transfer; asked for by every transfer.
+    """
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        """Nothing is held."""
+        self.held: dict[object, tuple[LandingRange, ...]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ranges held."""
+        return sum(nbytes for ranges in list(self.held.values()) for _, nbytes in ranges)
+
+    def add(self, key: object, ranges: Sequence[LandingRange]) -> None:
+        """Keeps other transfers out of `ranges` until `lift(key)`."""
+        self.held[key] = tuple(ranges)
+
+    def lift(self, key: object) -> None:
+        """Says that the transfer `key` can write nothing more. Idempotent."""
+        self.held.pop(key, None)
+
+    def clear(self) -> None:
+        """Says that no transfer can write anything more."""
+        self.held.clear()
+
+    def check(self, ranges: Sequence[LandingRange]) -> None:
+        """Raises LandingQuarantined where a range overlaps what may still be written."""
+        for held in list(self.held.values()):
+            for held_offset, held_nbytes in held:
+                for offset, nbytes in ranges:
+                    if offset < held_offset + held_nbytes and held_offset < offset + nbytes:
+                        raise LandingQuarantined(
+                            f"[{offset}, {offset + nbytes}) overlaps [{held_offset}, "
+                            f"{held_offset + held_nbytes}) of an abandoned transfer",
+                            hint="land elsewhere, or close the region to end the quarantine",
+                            retry_after_s=0.01,
+                        )
 
 
 class MemoryRegion:
@@ -99,18 +147,20 @@ class MemoryRegion:
         kind: who can reach it.
         device_index: the CUDA device that it lies on; None for host memory.
         address: where it begins, in this process or on its device.
+        gate: what every piece that lands here passes.
+        quarantined: what of it abandoned transfers may still write; empty once it is closed.
     """
 
     __slots__ = (
         "_buffer",
-        "_gate",
-        "_quarantine",
         "_view",
         "address",
         "device_index",
+        "gate",
         "kind",
         "nbytes",
         "owner",
+        "quarantined",
         "shared",
         "writable",
     )
@@ -134,8 +184,8 @@ class MemoryRegion:
         self.owner: object = owner
         self.writable = writable
         self.shared = shared
-        self._gate = LandingGate(f"memory region of {self.nbytes} bytes")
-        self._quarantine: dict[object, tuple[LandingRange, ...]] = {}
+        self.gate = LandingGate(f"memory region of {self.nbytes} bytes")
+        self.quarantined = Quarantine()
 
     @classmethod
     def on_device(
@@ -145,7 +195,7 @@ class MemoryRegion:
         region = cls(_nothing(), owner, writable=writable, shared=False, kind=MemoryKind.CUDA)
         region._buffer = region._view = None
         region.address, region.nbytes, region.device_index = address, nbytes, device_index
-        region._gate.name = f"memory region of {nbytes} bytes on CUDA device {device_index}"
+        region.gate.name = f"memory region of {nbytes} bytes on CUDA device {device_index}"
         return region
 
     @property
@@ -169,52 +219,38 @@ class MemoryRegion:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._gate.closed
-
-    @property
-    def has_quarantine(self) -> bool:
-        """Whether any range is in quarantine; asked by every transfer."""
-        return bool(self._quarantine)
+        return self.gate.closed
 
     @property
     def quarantined_nbytes(self) -> int:
         """Bytes into which an abandoned transfer may still write."""
-        return sum(nbytes for ranges in list(self._quarantine.values()) for _, nbytes in ranges)
-
-    def begin_landing(self) -> None:
-        """Opens the bracket of one piece; raises TransportClosed."""
-        self._gate.begin()
-
-    def end_landing(self) -> None:
-        """Closes the bracket of one piece."""
-        self._gate.end()
+        return self.quarantined.nbytes
 
     def quarantine(self, key: object, ranges: Sequence[LandingRange]) -> None:
         """Keeps other transfers out of `ranges` until `lift_quarantine(key)`, or `close`."""
         if not self.closed:
-            self._quarantine[key] = tuple(ranges)
+            self.quarantined.add(key, ranges)
 
     def lift_quarantine(self, key: object) -> None:
         """Says that the transfer `key` can write nothing more."""
-        self._quarantine.pop(key, None)
+        self.quarantined.lift(key)
 
     def check_not_quarantined(self, ranges: Sequence[LandingRange]) -> None:
         """Raises LandingQuarantined where a range overlaps what may still be written."""
-        for held in list(self._quarantine.values()):
-            for held_offset, held_nbytes in held:
-                for offset, nbytes in ranges:
-                    if offset < held_offset + held_nbytes and held_offset < offset + nbytes:
-                        raise LandingQuarantined(
-                            f"[{offset}, {offset + nbytes}) overlaps [{held_offset}, "
-                            f"{held_offset + held_nbytes}) of an abandoned transfer",
-                            hint="land elsewhere, or close the region to end the quarantine",
-                            retry_after_s=0.01,
-                        )
+        self.quarantined.check(ranges)
+
+    def begin_landing(self) -> None:
+        """Opens the bracket of one piece; raises TransportClosed."""
+        self.gate.begin()
+
+    def end_landing(self) -> None:
+        """Closes the bracket of one piece."""
+        self.gate.end()
 
     def close(self) -> None:
         """Lets nothing land any more and forgets the owner; idempotent, waits ≤ one piece."""
-        if self._gate.close():
-            self._quarantine.clear()
+        if self.gate.close():
+            self.quarantined.clear()
             self.owner = None
             if self._buffer is not None:
                 self._view = memoryview(b"")

@@ -10,7 +10,6 @@ A transport is a subclass that says how bytes move (`carry_out`), and how memory
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import functools
 import threading
 import time
@@ -42,17 +41,21 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.grants import GrantTable
-from snowskin.transport.memory import MemoryRegion, region_of
+from snowskin.transport.memory import MemoryRegion, Quarantine, region_of
 from snowskin.transport.memory_kind import HOST_KINDS
 from snowskin.transport.runs import Run, check_bounds, joined
+from snowskin.transport.workers import PriorityWorkers
 
 if TYPE_CHECKING:
+    import concurrent.futures
     from collections.abc import Callable, Sequence
 
     from snowskin.transport.grants import Completion, Range
 
 NUM_WORKERS = 4
 _SETTLE_S = 0.05
+# Makes a named tuple in half the time of its own constructor; every transfer makes two.
+_new = tuple.__new__
 
 
 class Order(NamedTuple):
@@ -96,7 +99,18 @@ class Order(NamedTuple):
 class AttachedRegion:
     """A peer's region, of whatever transport; a `RemoteRegion`."""
 
-    __slots__ = ("_forget", "closed", "descriptor", "expires_at_s", "lost", "peer", "writable")
+    __slots__ = (
+        "_forget",
+        "closed",
+        "descriptor",
+        "expires_at_s",
+        "lost",
+        "memory",
+        "peer",
+        "quarantined",
+        "scheme",
+        "writable",
+    )
 
     def __init__(
         self,
@@ -106,10 +120,14 @@ class AttachedRegion:
         writable: bool,
         expires_at_s: float,
         forget: Callable[[AttachedRegion], None],
+        memory: MemoryRegion | None = None,
     ) -> None:
-        """`forget` is called once, when the region is closed."""
+        """`forget` is called once, when the region is closed; `memory` is the peer's, where it can be reached."""
         self.descriptor: RegionDescriptor = descriptor
+        self.scheme = descriptor.scheme
         self.peer = peer
+        self.memory = memory
+        self.quarantined = Quarantine() if memory is None else memory.quarantined
         self.writable = writable
         self.expires_at_s = expires_at_s
         self.lost = False  # for good: the way to it does not come back
@@ -120,11 +138,6 @@ class AttachedRegion:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.descriptor.nbytes
-
-    @property
-    def memory(self) -> MemoryRegion | None:
-        """The peer's memory where it lies in this address space."""
-        return None
 
     def close(self) -> None:
         """Ends the attachment. Idempotent."""
@@ -160,11 +173,10 @@ class OrderedTransport(ABC):
         self._inline_nbytes = inline_nbytes
         self._num_workers = num_workers
         self._lock = threading.Lock()
-        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        self._workers: PriorityWorkers | None = None
         self._attached: set[AttachedRegion] = set()
-        self._num_transfers = {True: 0, False: 0}  # by is_pull
-        self._moved_nbytes = {True: 0, False: 0}
-        self._nbytes_by_traffic = [0] * len(TrafficClass)
+        # By is_pull, then traffic class: how many transfers, how many bytes.
+        self._moved = [[[0, 0] for _ in TrafficClass] for _ in (False, True)]
         self._num_failed = {"refused": 0, "timed_out": 0, "cancelled": 0, "lost": 0}
         self._served: Counter[str] = Counter()
         self._refused_by_reason: Counter[str] = Counter()
@@ -175,9 +187,15 @@ class OrderedTransport(ABC):
     def carry_out(self, order: Order) -> None:
         """Moves all bytes of a checked order on the calling thread, or raises.
 
-        It calls `order.check` before and `order.moved` after each piece. At its return all has moved and, where the
-        order has a note, the owner will be told.
+        It calls `order.check` before and `order.moved` after each piece.
         """
+
+    def tell_owner(self, order: Order, nbytes: int) -> None:
+        """Sends an order's note once all its `nbytes` have moved and its grant was good to the end.
+
+        Transports whose owner sees the last byte go carry the note in `carry_out` and leave this empty.
+        """
+        return
 
     def descriptor_extra(self, region: MemoryRegion) -> bytes:
         """What a descriptor of `region` carries for this transport alone."""
@@ -249,10 +267,8 @@ class OrderedTransport(ABC):
         control: TransferControl | None = None,
     ) -> TransferReport:
         """Reads all runs from the peer, on the calling thread."""
-        own = self._own(remote)
-        return self._transfer(
-            Order(own, local, runs, True, deadline_s, piece_nbytes, landed, traffic, note, control)
-        )
+        order = remote, local, runs, True, deadline_s, piece_nbytes, landed, traffic, note, control
+        return self._transfer(_new(Order, order))
 
     def push(
         self,
@@ -268,10 +284,8 @@ class OrderedTransport(ABC):
         control: TransferControl | None = None,
     ) -> TransferReport:
         """Writes all runs to the peer, on the calling thread."""
-        own = self._own(remote)
-        return self._transfer(
-            Order(own, local, runs, False, deadline_s, piece_nbytes, landed, traffic, note, control)
-        )
+        order = remote, local, runs, False, deadline_s, piece_nbytes, landed, traffic, note, control
+        return self._transfer(_new(Order, order))
 
     async def pull_async(
         self,
@@ -287,11 +301,9 @@ class OrderedTransport(ABC):
         control: TransferControl | None = None,
     ) -> TransferReport:
         """As `pull`; large ones in a worker thread."""
-        own = self._own(remote)
         control = control or TransferControl()
-        return await self.transfer_async(
-            Order(own, local, runs, True, deadline_s, piece_nbytes, landed, traffic, note, control)
-        )
+        order = remote, local, runs, True, deadline_s, piece_nbytes, landed, traffic, note, control
+        return await self.transfer_async(_new(Order, order))
 
     async def push_async(
         self,
@@ -307,22 +319,23 @@ class OrderedTransport(ABC):
         control: TransferControl | None = None,
     ) -> TransferReport:
         """As `push`; large ones in a worker thread."""
-        own = self._own(remote)
         control = control or TransferControl()
-        return await self.transfer_async(
-            Order(own, local, runs, False, deadline_s, piece_nbytes, landed, traffic, note, control)
-        )
+        order = remote, local, runs, False, deadline_s, piece_nbytes, landed, traffic, note, control
+        return await self.transfer_async(_new(Order, order))
 
     def statistics(self) -> TransportStatistics:
         """The counters, as of now."""
         with self._lock:
             attached = list(self._attached)
+            pushed, pulled = self._moved
             return TransportStatistics(
-                num_pulls=self._num_transfers[True],
-                num_pushes=self._num_transfers[False],
-                pulled_nbytes=self._moved_nbytes[True],
-                pushed_nbytes=self._moved_nbytes[False],
-                nbytes_by_traffic=tuple(self._nbytes_by_traffic),
+                num_pulls=sum(num for num, _ in pulled),
+                num_pushes=sum(num for num, _ in pushed),
+                pulled_nbytes=sum(nbytes for _, nbytes in pulled),
+                pushed_nbytes=sum(nbytes for _, nbytes in pushed),
+                nbytes_by_traffic=tuple(
+                    sum(way[traffic][1] for way in self._moved) for traffic in TrafficClass
+                ),
                 num_refused=self._num_failed["refused"],
                 num_timed_out=self._num_failed["timed_out"],
                 num_cancelled=self._num_failed["cancelled"],
@@ -341,12 +354,12 @@ class OrderedTransport(ABC):
         with self._lock:
             self.closed = True
             attached = list(self._attached)
-            executor, self._executor = self._executor, None
+            workers, self._workers = self._workers, None
         self.grants.close()
         for region in attached:
             region.close()
-        if executor is not None:
-            executor.shutdown(wait=True)
+        if workers is not None:
+            workers.close()
 
     def check_open(self) -> None:
         """Raises TransportClosed after `close`."""
@@ -408,38 +421,40 @@ class OrderedTransport(ABC):
         """
         if sum(run[2] for run in order.runs) < self._inline_nbytes:
             return self._transfer(order)
-        running = self._submit(functools.partial(self._transfer, order))
+        running = self._submit(order)
         try:
             return await asyncio.wrap_future(running)
         except asyncio.CancelledError:
             assert order.control is not None, "async orders can be cancelled"
             order.control.cancel()
-            target = order.local if order.is_pull else order.remote.memory
+            landing = order.local if order.is_pull else order.remote
             if not running.cancelled():  # a transfer that never began leaves nothing behind
-                if target is not None:
-                    target.quarantine(running, order.landing_ranges())
-                    running.add_done_callback(target.lift_quarantine)
+                if not landing.closed:
+                    landing.quarantined.add(running, order.landing_ranges())
+                    running.add_done_callback(landing.quarantined.lift)
                 await _settled(running)
             raise
 
     def _transfer(self, order: Order) -> TransferReport:
         """Carries an order out on the calling thread; what fails is counted by kind."""
         try:
-            return self._checked_transfer(order)
+            started_s = self.now_s()
+            nbytes = self.check_order(order, started_s)
+            self.carry_out(order)
+            return self.completed(order, nbytes, started_s)
         except TransportError as error:
             self.count_failure(error)
             raise
 
-    def _checked_transfer(self, order: Order) -> TransferReport:
-        started_s = self.now_s()
-        nbytes = self.check_order(order, started_s)
-        self.carry_out(order)
-        return self.completed(order, nbytes, started_s)
-
     def check_order(self, order: Order, now_s: float) -> int:
         """Sum of the bytes; raises what forbids the transfer. Nothing has moved."""
-        remote, local, runs, is_pull = order[:4]
-        if self.closed or remote.closed or local.closed:
+        remote, local, runs, is_pull, _, _, _, _, note, _ = order
+        if getattr(remote, "scheme", None) != self.scheme:
+            raise BadDescriptor(
+                f"this region was not attached by transport {self.scheme}",
+                hint=f"attach it: transport {self.scheme} cannot use another's regions",
+            )
+        if self.closed or remote.closed or local.gate.closed:
             what = f"transport {self.scheme}" if self.closed else "a region of this transfer"
             raise TransportClosed(f"{what} is closed")
         if remote.lost:
@@ -449,63 +464,52 @@ class OrderedTransport(ABC):
                 f"the grant ran out {now_s - remote.expires_at_s:.3f} s ago",
                 hint="match again and pull under the new lease",
             )
-        if local.kind not in self.memory_kinds:  # registered with another transport
-            self.check_kind(local)
+        if local.device_index is not None:
+            self.check_kind(local)  # it may have been registered with another transport
         target = local if is_pull else remote
         if not target.writable:
             raise RegionReadOnly(
                 f"the landing region of {target.nbytes} bytes is read-only",
                 hint="register or attach it with writable=True",
             )
-        if len(order.note) > MAX_NOTE_NBYTES:
-            raise OutOfBounds(f"a note of {len(order.note)} bytes; {MAX_NOTE_NBYTES} are the most")
+        if len(note) > MAX_NOTE_NBYTES:
+            raise OutOfBounds(f"a note of {len(note)} bytes; {MAX_NOTE_NBYTES} are the most")
         nbytes = check_bounds(runs, remote_nbytes=remote.nbytes, local_nbytes=local.nbytes)
-        landing = local if is_pull else remote.memory
-        if landing is not None and landing.has_quarantine:
-            landing.check_not_quarantined(order.landing_ranges())
+        quarantined = local.quarantined if is_pull else remote.quarantined
+        if quarantined.held:
+            quarantined.check(order.landing_ranges())
         return nbytes
 
     def completed(self, order: Order, nbytes: int, started_s: float) -> TransferReport:
         """Counts a transfer whose bytes have all moved; RegionExpired where its grant ran out meanwhile."""
+        remote, _, runs, is_pull, _, _, _, traffic, note, _ = order
         ended_s = self.now_s()
-        if ended_s > order.remote.expires_at_s:
+        if ended_s > remote.expires_at_s:
             raise RegionExpired(
-                f"the grant ran out {ended_s - order.remote.expires_at_s:.3f} s before the end",
+                f"the grant ran out {ended_s - remote.expires_at_s:.3f} s before the end",
                 hint="match again and pull under the new lease",
             )
-        num_runs = len(order.runs) if len(order.runs) < 2 else len(joined(order.runs))
+        if note:
+            self.tell_owner(order, nbytes)
+        num_runs = len(runs) if len(runs) < 2 else len(joined(runs))
         with self._lock:
-            self._num_transfers[order.is_pull] += 1
-            self._moved_nbytes[order.is_pull] += nbytes
-            self._nbytes_by_traffic[order.traffic] += nbytes
-        return TransferReport(nbytes, num_runs, ended_s - started_s)
+            moved = self._moved[is_pull][traffic]
+            moved[0] += 1
+            moved[1] += nbytes
+        return _new(TransferReport, (nbytes, num_runs, ended_s - started_s))
 
     def count_failure(self, error: TransportError) -> None:
         """Counts by kind."""
         with self._lock:
             self._num_failed[_failure_kind(error)] += 1
 
-    def _own(self, remote: RemoteRegion) -> AttachedRegion:
-        if not isinstance(remote, AttachedRegion) or remote.descriptor.scheme != self.scheme:
-            error = BadDescriptor(
-                f"this region was not attached by transport {self.scheme}",
-                hint=f"attach it: transport {self.scheme} cannot use another's regions",
-            )
-            self.count_failure(error)
-            raise error
-        return remote
-
-    def _submit(
-        self, work: Callable[[], TransferReport]
-    ) -> concurrent.futures.Future[TransferReport]:
+    def _submit(self, order: Order) -> concurrent.futures.Future[TransferReport]:
         with self._lock:
-            if self.closed:
-                raise TransportClosed(f"transport {self.scheme} is closed")
-            if self._executor is None:
-                self._executor = concurrent.futures.ThreadPoolExecutor(
-                    self._num_workers, thread_name_prefix=f"snowskin-{self.scheme}"
-                )
-            return self._executor.submit(work)
+            self.check_open()
+            if self._workers is None:
+                self._workers = PriorityWorkers(self._num_workers, name=f"snowskin-{self.scheme}")
+            workers = self._workers
+        return workers.submit(functools.partial(self._transfer, order), urgency=order.traffic)
 
 
 def _failure_kind(error: TransportError) -> str:

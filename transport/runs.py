@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from snowskin.transport.errors import OutOfBounds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 class Run(NamedTuple):
@@ -62,8 +62,14 @@ def joined(runs: Sequence[Run]) -> list[Run]:
     return result
 
 
-def pieces(runs: Sequence[Run], piece_nbytes: int) -> Iterator[Run]:
+def pieces(runs: Sequence[Run], piece_nbytes: int) -> Iterable[Run]:
     """Each run cut into pieces of at most `piece_nbytes`, in order."""
+    if len(runs) == 1 and runs[0][2] <= piece_nbytes:
+        return runs  # the usual small transfer: nothing to cut
+    return _cut(runs, piece_nbytes)
+
+
+def _cut(runs: Sequence[Run], piece_nbytes: int) -> Iterator[Run]:
     for run in runs:
         remote_offset, local_offset, nbytes = run
         if nbytes <= piece_nbytes:
