@@ -69,12 +69,12 @@ class HostFiles:
         """The place of an absolute path."""
         return self.root / name.lstrip("/")
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, max_nbytes: int = MAX_FILE_NBYTES) -> str:
         """A file's beginning without white space around it; empty where it cannot be read."""
         try:
             # Some files of sysfs fail on read, not on open: "speed" of a NIC that is down.
             with open(self.path(name), "rb", opener=_without_waiting) as file:
-                return file.read(MAX_FILE_NBYTES).decode("utf-8", "replace").strip()
+                return file.read(max_nbytes).decode("utf-8", "replace").strip()
         except (OSError, ValueError):
             return ""
 
