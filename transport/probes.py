@@ -306,7 +306,9 @@ def _rdma(
     return tuple(dict.fromkeys(layers)), tuple(known)
 
 
-def _gpus(facts: HostFacts, files: HostFiles, *, has_rdma: bool) -> tuple[tuple[str, ...], Facts]:
+def _gpus(
+    facts: HostFacts, files: HostFiles, modules: list[str], *, has_rdma: bool
+) -> tuple[tuple[str, ...], Facts]:
     """What of CUDA can be told without loading it; torch is asked only if somebody imported it."""
     num_gpus = sum(gpu.vendor == _NVIDIA for gpu in facts.gpus)
     if not num_gpus:
