@@ -166,7 +166,11 @@ def damaged():
         "a fail without a reason": encode(
             Fail(op=1, reason="", retry_after_ms=0, message="no reason")
         ),
-        "a fail with a reason of 65 bytes": put(grown(fail, bytes(52)), first + 4, ">B", 65),
+        "a fail with a reason of 65 bytes": put(
+            put(grown(fail[: first + 7], b"R" * 65), first + 4, ">B", 65), first + 5, ">H", 0
+        ),
+        "a push with a note of 257 bytes": encode(PULL._replace(is_push=True, note=bytes(257))),
+        "a welcome of one byte more": grown(encode(FRAMES["welcome"]), b"x"),
     }
 
 
