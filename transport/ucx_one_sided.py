@@ -13,6 +13,7 @@ import bisect
 import functools
 import itertools
 import logging
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from snowskin.transport.errors import PeerLost, TransportClosed, TransportError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from snowskin.transport.ucp.api import UcpMemory, UcpRequest
     from snowskin.transport.ucx_progress import ProgressThread
     from snowskin.transport.ucx_reader import Link, Mailbox
+
+SETTLE_S = 0.05
 
 log = logging.getLogger("snowskin.transport.ucx")
 
@@ -153,16 +156,14 @@ class OneSided:
         self._mailbox = mailbox
         self._order = mailbox.order
         self._accesses = accesses(mailbox.order, slices, get_nbytes=get_nbytes)
-        self._max_in_flight = max_in_flight
+        # Whoever looks on sees a piece before the next one lands: larger pieces then, not more of them.
+        self._max_in_flight = 1 if mailbox.order.landed is not None else max_in_flight
+        self._let_go = threading.Event()
         self._in_flight: dict[int, UcpRequest | None] = {}  # by number of the access
         self._given_up = False
-        self._quarantined = False
 
     def run(self, look: Callable[[], float]) -> None:
-        """Moves all bytes; tells the order of each piece, in order.
-
-        Where a piece is told of, later ones may have landed already.
-        """
+        """Moves all bytes; tells the order of each piece, in order."""
         order = self._order
         waiting: dict[int, Access] = {}
         ended: set[int] = set()
@@ -171,7 +172,13 @@ class OneSided:
         exhausted = False
         try:
             while True:
-                while not exhausted and len(waiting) - len(ended) < self._max_in_flight:
+                while next_told in ended:  # before the next one leaves: `landed` may end it all
+                    ended.remove(next_told)
+                    piece = waiting.pop(next_told).ends_piece
+                    next_told += 1
+                    if piece is not None:
+                        order.moved(*piece)
+                while not exhausted and len(waiting) < self._max_in_flight:
                     look()
                     number, access = next(numbered, (-1, None))
                     if access is None:
@@ -179,13 +186,7 @@ class OneSided:
                         break
                     waiting[number] = access
                     self._thread.post(functools.partial(self._post, number, access))
-                while next_told in ended:
-                    ended.remove(next_told)
-                    piece = waiting.pop(next_told).ends_piece
-                    next_told += 1
-                    if piece is not None:
-                        order.moved(*piece)
-                if exhausted and not waiting:
+                if not waiting:
                     break
                 item = self._mailbox.next(look)
                 assert isinstance(item, int), "only ends of accesses are told now"
@@ -222,8 +223,8 @@ class OneSided:
                 self._mailbox.put(number)
             elif not self._given_up:
                 link.conversation.lose(f"broke off a one-sided access: {failure.status}")
-            if self._quarantined and not self._in_flight:
-                local.lift_quarantine(self)
+            if self._given_up and not self._in_flight:
+                self._leave()
 
         try:
             key = link.key(access.key)
@@ -256,9 +257,9 @@ class OneSided:
         """Ends what is in flight; what may still land is in quarantine until UCX has let go of it."""
         order = self._order
         if early and order.is_pull:
-            self._quarantined = True
             order.local.quarantine(self, order.landing_ranges())
-        self._thread.post(self._end)
+        if self._thread.post(self._end):
+            self._let_go.wait(SETTLE_S)  # mostly nothing is left in quarantine
 
     def _end(self) -> None:
         self._given_up = True
@@ -268,4 +269,9 @@ class OneSided:
         if self._in_flight:
             self._link().conversation.lose("was given up on in the middle of a one-sided access")
         if not self._in_flight:
-            self._order.local.lift_quarantine(self)
+            self._leave()
+
+    def _leave(self) -> None:
+        """UCX touches nothing of this transfer any more."""
+        self._order.local.lift_quarantine(self)
+        self._let_go.set()

@@ -35,6 +35,9 @@ from snowskin.transport.memory import Memfd, MemoryRegion
 from snowskin.transport.shm import ShmTransport
 from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.ucp.binding import why_unavailable
+from snowskin.transport.ucx import UcxTransport
+from snowskin.transport.ucx_settings import UcxSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,6 +74,9 @@ class Rig:
             return TcpTransport(here, now_s=now_s), TcpTransport(
                 now_s=now_s, inline_nbytes=INLINE_NBYTES
             )
+        if self.scheme.startswith("ucx"):
+            ucx = UcxSettings(net_devices="lo", trusted_network=self.scheme == "ucx-one-sided")
+            return UcxTransport(ucx, now_s=now_s), UcxTransport(ucx, now_s=now_s)
         network = LoopbackNetwork()
         return LoopbackTransport(network, now_s=now_s), LoopbackTransport(network, now_s=now_s)
 
@@ -89,7 +95,19 @@ class Rig:
         self.arena.close()
 
 
-@pytest.fixture(params=["loopback", "shm", "tcp"])
+NO_UCX = why_unavailable()
+WITH_UCX = pytest.mark.skipif(NO_UCX is not None, reason=f"NO UCX HERE: {NO_UCX}")
+
+
+@pytest.fixture(
+    params=[
+        "loopback",
+        "shm",
+        "tcp",
+        pytest.param("ucx", marks=WITH_UCX),
+        pytest.param("ucx-one-sided", marks=WITH_UCX),
+    ]
+)
 def scheme(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
