@@ -1,7 +1,7 @@
 """Which transport carries an extent, over which paths, and why not the others. Pure.
 
 Rules kept here: same process, then same host, then GPU to GPU, then RDMA, then tcp, then the
-store's stream; a scheme that was asked for by name is taken or it is an error that says what is
+store's gRPC stream; a scheme that was asked for by name is taken or it is an error that says what is
 missing and what to do, never another one in silence; what is not known of a peer counts as absent.
 
 Memory of a GPU is carried by `ucx` only: the others move host memory, and whoever holds GPU memory
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from snowskin.transport.paths import Path
 
 AUTO = "auto"
-LOOPBACK, SHM, UCX, TCP, STREAM = SCHEMES = ("loopback", "shm", "ucx", "tcp", "stream")
+LOOPBACK, SHM, UCX, TCP, GRPC = SCHEMES = ("loopback", "shm", "ucx", "tcp", "grpc")
 
 RDMA_KIND = "rdma:"  # with the link layer behind it: two of one layer reach each other
 GPUDIRECT_KIND = "gpudirect"
@@ -89,7 +89,7 @@ class Encounter:
     Attributes:
         peer: what its node published; None where it said nothing.
         has_local_door: this process speaks with the node by its Unix socket, which passes descriptors.
-        has_stream: it reaches the node's gRPC.
+        has_grpc: it reaches the node's gRPC.
     """
 
     own: OwnSide
@@ -97,7 +97,7 @@ class Encounter:
     local: MemoryEnd = MemoryEnd()
     remote: MemoryEnd = MemoryEnd(is_shareable=True)
     has_local_door: bool = False
-    has_stream: bool = True
+    has_grpc: bool = True
 
     @property
     def peer_identity(self) -> HostIdentity:
@@ -292,12 +292,12 @@ def _tcp(meeting: Encounter, _: bool) -> Choice | NotTaken:
     )
 
 
-def _stream(meeting: Encounter, _: bool) -> Choice | NotTaken:
-    if refused := _host_memory_only(STREAM, meeting):
+def _grpc(meeting: Encounter, _: bool) -> Choice | NotTaken:
+    if refused := _host_memory_only(GRPC, meeting):
         return refused
-    if not meeting.has_stream:
-        return NotTaken(scheme=STREAM, reason="the node's gRPC is not reached from here")
-    return Choice(scheme=STREAM, reason="the slow path that every node has: its Read stream")
+    if not meeting.has_grpc:
+        return NotTaken(scheme=GRPC, reason="the node's gRPC is not reached from here")
+    return Choice(scheme=GRPC, reason="the slow path that every node has: its Read stream")
 
 
 _RULES: dict[str, Callable[[Encounter, bool], Choice | NotTaken]] = {
@@ -305,7 +305,7 @@ _RULES: dict[str, Callable[[Encounter, bool], Choice | NotTaken]] = {
     SHM: _shm,
     UCX: _ucx,
     TCP: _tcp,
-    STREAM: _stream,
+    GRPC: _grpc,
 }
 
 

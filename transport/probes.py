@@ -26,10 +26,10 @@ from snowskin.transport.advertisement import (
 from snowskin.transport.choice import (
     CUDA_IPC_KIND,
     GPUDIRECT_KIND,
+    GRPC,
     LOOPBACK,
     RDMA_KIND,
     SHM,
-    STREAM,
     TCP,
     UCX,
     TransportProbe,
@@ -84,7 +84,7 @@ def probe_transports(
         SHM: lambda: probe_shm(facts),
         UCX: lambda: probe_ucx(facts, files=files),
         TCP: lambda: probe_tcp(bound),
-        STREAM: lambda: TransportProbe(scheme=STREAM, available=True, reason="the node's gRPC"),
+        GRPC: lambda: TransportProbe(scheme=GRPC, available=True, reason="the node's gRPC"),
     }
     return {scheme: probe() for scheme, probe in probes.items() if scheme in schemes}
 

@@ -99,7 +99,7 @@ def encounters(draw: st.DrawFn) -> Encounter:
         local=draw(ends),
         remote=draw(ends),
         has_local_door=draw(st.booleans()),
-        has_stream=draw(st.booleans()),
+        has_grpc=draw(st.booleans()),
     )
 
 

@@ -102,7 +102,7 @@ def test_same_process_is_served_by_loopback(own: OwnSide) -> None:
 def test_same_host_is_served_by_shm_and_says_why_not_the_others(own: OwnSide) -> None:
     choice = choose(Encounter(own=own, peer=peer(BESIDE), has_local_door=True))
     assert (choice.scheme, choice.paths) == ("shm", ())
-    assert list(refused(choice)) == ["loopback", "ucx", "tcp", "stream"]
+    assert list(refused(choice)) == ["loopback", "ucx", "tcp", "grpc"]
     assert refused(choice)["loopback"] == "another process"
 
 
@@ -188,15 +188,15 @@ def test_tcp_is_taken_over_the_nearest_nic(own: OwnSide) -> None:
 def test_peer_that_advertises_its_loopback_to_others_is_told_apart(own: OwnSide) -> None:
     meeting = Encounter(own=own, peer=peer(FAR, kinds=(), host="127.0.0.1"))
     choice = choose(meeting)
-    assert choice.scheme == "stream"
+    assert choice.scheme == "grpc"
     assert "127.0.0.1:7200, which does not lead there" in refused(choice)["tcp"]
     with pytest.raises(TransportUnavailable, match="advertise an address"):
         choose(meeting, "tcp")
 
 
-def test_peer_that_says_nothing_is_read_by_the_stream(own: OwnSide) -> None:
+def test_peer_that_says_nothing_is_read_by_grpc(own: OwnSide) -> None:
     choice = choose(Encounter(own=own, peer=None))
-    assert choice.scheme == "stream"
+    assert choice.scheme == "grpc"
     assert refused(choice)["tcp"] == "the peer says nothing of its transports"
     assert choose(Encounter(own=own, peer=None, has_local_door=True)).scheme == "shm"
 
@@ -231,12 +231,12 @@ def test_ucx_demanded_without_rdma_lets_the_owner_validate_unless_the_network_is
 
 
 def test_unknown_name_lists_the_known_ones(own: OwnSide) -> None:
-    with pytest.raises(TransportUnavailable, match="loopback, shm, ucx, tcp, stream, auto"):
+    with pytest.raises(TransportUnavailable, match="loopback, shm, ucx, tcp, grpc, auto"):
         choose(Encounter(own=own, peer=None), "nixl")
 
 
 def test_scheme_that_was_never_tried_is_not_taken(own: OwnSide) -> None:
     own = replace(own, probes={})
     choice = choose(Encounter(own=own, peer=peer(FAR), has_local_door=True))
-    assert choice.scheme == "stream"
+    assert choice.scheme == "grpc"
     assert "not tried" in refused(choice)["shm"]

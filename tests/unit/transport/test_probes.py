@@ -219,7 +219,7 @@ def test_only_the_schemes_that_are_allowed_are_tried() -> None:
 
 
 def test_advertisement_tells_of_what_works_and_of_nothing_else() -> None:
-    tried = probe_transports(["loopback", "shm", "tcp", "stream"], HostFacts())
+    tried = probe_transports(["loopback", "shm", "tcp", "grpc"], HostFacts())
     tried["shm"] = replace(tried["shm"], available=False)
     where = AdvertisedAddress(address=Address("10.0.0.7", 7200))
     told = advertise(tried, addresses={"tcp": [where]}, extras={"tcp": b"x"})
