@@ -1,7 +1,7 @@
 """From a scheme to the transport that serves it, or what is missing.
 
-Rules kept here: a name means one transport, never a silent stand-in for another; what this build
-does not have is said plainly, with what to use instead.
+Rules kept here: a name means one transport, never a silent stand-in for another; a transport that
+cannot be opened here says what is missing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from snowskin.transport.errors import TransportUnavailable
 from snowskin.transport.loopback import LoopbackTransport
 from snowskin.transport.shm import ShmTransport
 from snowskin.transport.tcp import open_tcp
+from snowskin.transport.ucx import open_ucx
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,10 +23,7 @@ TRANSPORTS: dict[str, Callable[..., Transport]] = {
     "loopback": LoopbackTransport,
     "shm": ShmTransport,
     "tcp": open_tcp,
-}
-
-NOT_IN_THIS_BUILD = {
-    "ucx": "on one host use shm, between hosts tcp",
+    "ucx": open_ucx,
 }
 
 
@@ -33,15 +31,11 @@ def open_transport(scheme: str, **settings: object) -> Transport:
     """A new transport of this scheme, by its own settings; the caller closes it.
 
     Raises:
-        TransportUnavailable: the name is unknown, or known but not in this build.
+        TransportUnavailable: the name is unknown, or what it needs is not installed here.
     """
     factory = TRANSPORTS.get(scheme)
     if factory is not None:
         return factory(**settings)
-    if scheme in NOT_IN_THIS_BUILD:
-        raise TransportUnavailable(
-            f"transport {scheme} is not in this build", hint=NOT_IN_THIS_BUILD[scheme]
-        )
     raise TransportUnavailable(
         f"there is no transport {scheme!r}", hint=f"known are {', '.join(sorted(TRANSPORTS))}"
     )

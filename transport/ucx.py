@@ -455,6 +455,11 @@ class UcxTransport(OrderedTransport):
         return self._thread
 
 
+def open_ucx(**settings: object) -> UcxTransport:
+    """By the fields of `UcxSettings`."""
+    return UcxTransport(UcxSettings(**settings))  # type: ignore[arg-type]  # checked there
+
+
 def _land(local: MemoryRegion, offset: int, chunk: Bytes) -> None:
     """Puts bytes where they belong, in the region's bracket."""
     nbytes = chunk.nbytes
