@@ -21,6 +21,7 @@ from snowskin.transport.frames import encode, fail_of
 from snowskin.transport.tcp_admission import RETRY_AFTER_S, Admission
 from snowskin.transport.tcp_serving import ServedConnection
 from snowskin.transport.tcp_serving_loop import Link, ServingLoop
+from snowskin.transport.tcp_sockets import check_options, set_options, set_options_for_peer
 from snowskin.transport.tcp_streams import TlsStream
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class TcpOwner:
         self._settings = settings
         self._ledger = ledger
         self._now_s = now_s
+        check_options(settings)
         self._tls = settings.tls.owner_context() if settings.tls is not None else None
         self._admission: Admission[Link] = Admission(
             most=settings.max_connections,
@@ -120,8 +122,9 @@ class TcpOwner:
     def _let_in(self, plain: socket.socket, host: str) -> None:
         try:
             plain.setblocking(False)
+            set_options_for_peer(plain, self._settings)
             stream: Stream = plain if self._tls is None else TlsStream(plain, self._tls)
-        except OSError:  # gone again
+        except (OSError, TransportUnavailable):  # gone again
             plain.close()
             return
         served = ServedConnection(
@@ -179,21 +182,6 @@ def _listen(address: Address, settings: TcpSettings) -> socket.socket:
             f"tcp: cannot listen on {address}: {error}", hint="see `listen` in the settings"
         ) from error
     return listener
-
-
-def set_options(stream: socket.socket, settings: TcpSettings) -> None:
-    """What both sides set on a socket: no waiting for more, and notice of peers that are gone."""
-    tcp = socket.IPPROTO_TCP
-    stream.setsockopt(tcp, socket.TCP_NODELAY, 1)
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    stream.setsockopt(tcp, socket.TCP_KEEPIDLE, settings.keepalive_idle_s)
-    stream.setsockopt(tcp, socket.TCP_KEEPINTVL, settings.keepalive_interval_s)
-    stream.setsockopt(tcp, socket.TCP_KEEPCNT, settings.keepalive_count)
-    stream.setsockopt(tcp, socket.TCP_USER_TIMEOUT, round(1000 * settings.user_timeout_s))
-    if settings.send_buffer_nbytes:
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_nbytes)
-    if settings.receive_buffer_nbytes:
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, settings.receive_buffer_nbytes)
 
 
 def _reachability(

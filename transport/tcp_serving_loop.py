@@ -302,7 +302,11 @@ class ServingLoop:
         if events & ~_OUT:
             self._hear(link)
             transfer = served.transfer
-            if transfer is not None and transfer.nbytes <= SMALL_NBYTES and not served.out:
+            if (
+                transfer is not None
+                and not served.out
+                and (transfer.nbytes <= SMALL_NBYTES or not self._turns)
+            ):
                 return self._move(link)  # over sooner than it could be put in order
         return self._settle(link)
 

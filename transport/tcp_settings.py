@@ -89,6 +89,8 @@ class TcpSettings:
         keepalive_idle_s, keepalive_interval_s, keepalive_count: TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT.
         user_timeout_s: TCP_USER_TIMEOUT, for what was sent and is not acknowledged.
         send_buffer_nbytes, receive_buffer_nbytes: SO_SNDBUF, SO_RCVBUF; 0 = the kernel tunes them.
+        congestion_control: TCP_CONGESTION; empty: the kernel's default.
+        local_congestion_control: the same, to peers on this host; empty: as for others.
         tls: files to speak TLS with; None = plain.
         name: what this reader calls itself, for the owner's log.
         local_addresses: this host's addresses to connect from, a path each; empty = the kernel chooses.
@@ -121,6 +123,8 @@ class TcpSettings:
     user_timeout_s: float = 3.0
     send_buffer_nbytes: int = 0
     receive_buffer_nbytes: int = 0
+    congestion_control: str = ""
+    local_congestion_control: str = "reno"
     tls: TlsFiles | None = None
 
     name: str = ""
