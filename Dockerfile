@@ -32,6 +32,8 @@ COPY --from=build /opt/snowskin /opt/snowskin
 ENV PATH=/opt/snowskin/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1
 USER 10001:10001
 STOPSIGNAL SIGTERM
+# As docker-compose.yml has them: gRPC of conductor, node and engines, the node's data plane, and HTTP of all.
+EXPOSE 7000 7100 7110 7200 8080
 # Every role answers /healthz on its HTTP port, 8080 in a container.
 HEALTHCHECK --interval=5s --timeout=3s --start-period=120s --start-interval=1s --retries=3 \
     CMD ["python", "-m", "snowskin.tools.healthy", "http://127.0.0.1:8080/healthz"]

@@ -25,13 +25,16 @@ from snowskin.engines.cancellation import Background
 from snowskin.engines.model.config import ModelConfig
 from snowskin.engines.nearest import connect_nearest
 from snowskin.kvstore.client.store import StoreClient
-from snowskin.kvstore.config import format_nbytes, setting
+from snowskin.kvstore.client.transports import ClientTransports
+from snowskin.kvstore.config import TransportChoice, format_nbytes, setting
+from snowskin.kvstore.data_settings import DataSettings
 from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.layout import Layout
 from snowskin.kvstore.metrics import Metrics
-from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
+from snowskin.kvstore.role import Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.telemetry import HealthServer, get_logger
+from snowskin.kvstore.transport_metrics import TransportMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -57,7 +60,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(RoleSettings):
+class EngineSettings(DataSettings):
     """Settings of a prefill or decode instance."""
 
     role: Literal["prefill", "decode"] = setting("prefill", help="What the instance does.")
@@ -89,6 +92,10 @@ class EngineSettings(RoleSettings):
     publish_timeout_s: float = setting(2.0, help="Longest wait for room at the node.")
     lookup_budget_s: float = setting(
         0.01, help="What a request may lose to nodes that do not answer, beyond a usual look-up."
+    )
+    transport: TransportChoice = setting(
+        "auto",
+        help="How blocks travel: shm, tcp, ucx or grpc (slow), that one or none; auto takes the best.",
     )
 
     def __post_init__(self) -> None:
@@ -156,15 +163,21 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
     config = ModelConfig.from_directory(settings.model)  # before torch: this fails fast
     _set_threads(_num_threads(settings))
 
+    transports = ClientTransports(settings.transport, name=instance_id, tls=settings.tls_files())
+
     async def connect(address: str) -> StoreClient:
-        return await StoreClient.connect(address, client_name=instance_id, verify=verify)
+        return await StoreClient.connect(
+            address, client_name=instance_id, verify=verify, transports=transports
+        )
 
     async with AsyncExitStack() as stack:
+        stack.callback(transports.close)
+        transports.open_demanded()
         tracer = stack.enter_context(
             tracer_of(settings, role=settings.role, instance_id=instance_id)
         )
         try:
-            engine = await _open_engine(settings, config, connect, stop, stack)
+            engine = await _open_engine(settings, config, connect, transports, stop, stack)
         except _LoadAbandoned:
             log.info("model not loaded, asked to end")
             return
@@ -174,6 +187,7 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
         if engine.decode is not None:
             background.start(engine.decode.run(), "batch")
         metrics = Metrics(settings.role)
+        TransportMetrics(metrics, transports.statistics)
         server = await _open_server(settings, instance_id, engine, metrics, tracer, stack)
         registration = _registration(settings, instance_id, server.port, engine)
 
@@ -256,6 +270,7 @@ async def _open_engine(
     settings: EngineSettings,
     config: ModelConfig,
     connect: Callable[[str], Awaitable[StoreClient]],
+    transports: ClientTransports,
     stop: Stop,
     stack: AsyncExitStack,
 ) -> _Engine:
@@ -300,7 +315,7 @@ async def _open_engine(
 
     def link_to(address: str) -> StoreLink:
         return StoreLink(
-            functools.partial(connect_nearest, address, connect),
+            functools.partial(connect_nearest, address, connect, transports),
             memory.host_view(),
             namespace=layout.namespace,
             block_nbytes=memory.block_nbytes,

@@ -1,4 +1,4 @@
-"""What a node tells an operator of its blocks and leases: frozen values.
+"""What a node tells an operator of its blocks, leases and transports: frozen values.
 
 Rules kept here: nothing in this file knows protobuf, sockets or clocks. Times are relative seconds.
 """
@@ -13,6 +13,8 @@ from snowskin.kvstore.value import value
 if TYPE_CHECKING:
     from snowskin.kvstore.extent import Extent
     from snowskin.kvstore.messages import LeaseId
+    from snowskin.transport.choice import TransportProbe
+    from snowskin.transport.topology import HostFacts
 
 BlockName = tuple[bytes, bytes]
 """Namespace and key."""
@@ -134,3 +136,37 @@ class Drained:
 
     num_read_leases: int
     num_write_leases: int
+
+
+@value()
+class ListedTransport:
+    """One scheme of a node.
+
+    Attributes:
+        probe: what trying it at the node's start showed.
+        bound, advertised: addresses where it listens, and that peers are told.
+        is_open: it serves; without that there are no counters.
+        counters: its statistics by name, since it was opened.
+    """
+
+    probe: TransportProbe
+    bound: tuple[str, ...] = ()
+    advertised: tuple[str, ...] = ()
+    is_open: bool = False
+    counters: tuple[tuple[str, int], ...] = ()
+
+
+@value()
+class TransportsReport:
+    """How a node's memory can be reached.
+
+    Attributes:
+        advertisement: as peers get it; empty where the node tells nothing.
+        host: when the node started.
+        door: its local door, `unix:/path`; may be empty.
+    """
+
+    transports: tuple[ListedTransport, ...]
+    advertisement: bytes
+    host: HostFacts
+    door: str = ""

@@ -6,7 +6,7 @@ error of the protocol, never another value.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snowskin.kvstore.admin_messages import (
     BlockInfo,
@@ -17,13 +17,29 @@ from snowskin.kvstore.admin_messages import (
     LeaseKind,
     LeasePage,
     LeaseState,
+    ListedTransport,
     ShownBlock,
+    TransportsReport,
 )
 from snowskin.kvstore.errors import BadRequest, ProtocolViolation
 from snowskin.kvstore.extent import Extent
 from snowskin.kvstore.messages import LeaseId
 from snowskin.kvstore.wire import CRC32C_KEYED, TIER_NAMES, TIERS
+from snowskin.transport.choice import TransportProbe
+from snowskin.transport.topology import (
+    Gpu,
+    HostFacts,
+    HugePages,
+    Nic,
+    NicAddress,
+    NumaNode,
+    Place,
+    RdmaDevice,
+)
 from snowskin.v1 import admin_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 _KINDS = {
     LeaseKind.READ: admin_pb2.LEASE_KIND_READ,
@@ -128,6 +144,85 @@ def evicted_to(evicted: Evicted) -> admin_pb2.EvictResponse:
     )
 
 
+def transports_to(report: TransportsReport) -> admin_pb2.ListTransportsResponse:
+    """How the node is reached."""
+    message = admin_pb2.ListTransportsResponse(
+        advertisement=report.advertisement, door=report.door
+    )
+    for listed in report.transports:
+        probe = listed.probe
+        row = message.transports.add(
+            scheme=probe.scheme,
+            available=probe.available,
+            reason=probe.reason,
+            remedy=probe.remedy,
+            kinds=probe.kinds,
+            bound=listed.bound,
+            advertised=listed.advertised,
+            open=listed.is_open,
+        )
+        row.counters.update(listed.counters)
+        _add_facts(row.facts, probe.facts)
+    _set_host(message.host, report.host)
+    return message
+
+
+def _add_facts(container: Any, facts: Iterable[tuple[str, str]]) -> None:
+    for name, value in facts:
+        container.add(name=name, value=value)
+
+
+def _place_to(place: Place) -> admin_pb2.DevicePlace:
+    return admin_pb2.DevicePlace(numa_node=place.numa_node, pci_path=place.pci_path)
+
+
+def _set_host(message: admin_pb2.HostInfo, host: HostFacts) -> None:
+    for node in host.numa_nodes:
+        message.numa_nodes.add(
+            index=node.index,
+            cpus=node.cpus,
+            memory_nbytes=node.memory_nbytes,
+            distances=node.distances,
+        )
+    for nic in host.nics:
+        message.nics.add(
+            name=nic.name,
+            speed_bytes_per_s=nic.speed_bytes_per_s,
+            up=nic.is_up,
+            loopback=nic.is_loopback,
+            addresses=[f"{address.host}/{address.prefix}" for address in nic.addresses],
+            places=[_place_to(place) for place in nic.places],
+        )
+    for device in host.rdma_devices:
+        message.rdma_ports.add(
+            device=device.name,
+            port=device.port,
+            link_layer=device.link_layer,
+            active=device.is_active,
+            speed_bytes_per_s=device.speed_bytes_per_s,
+            place=_place_to(device.place),
+            nics=device.nics,
+        )
+    for gpu in host.gpus:
+        message.gpus.add(
+            address=gpu.address, vendor=gpu.vendor, device=gpu.device, place=_place_to(gpu.place)
+        )
+    _add_facts(message.facts, (*_page_facts(host.huge_pages), *host.kernel))
+
+
+_SHMEM, _ANONYMOUS = "huge pages for memfds", "huge pages for other memory"
+_MOUNT, _RESERVED = "huge pages mounted at ", "reserved pages of "
+
+
+def _page_facts(pages: HugePages) -> list[tuple[str, str]]:
+    """As facts of a host, in words; read back by `_pages_from`."""
+    rows = [(_SHMEM, pages.shmem), (_ANONYMOUS, pages.anonymous)]
+    rows = [(name, value) for name, value in rows if value]
+    rows += [(f"{_MOUNT}{path}", option) for path, option in pages.mounts]
+    rows += [(f"{_RESERVED}{size}", f"{count}, {free} free") for size, count, free in pages.reserved]
+    return rows
+
+
 # --- operator's side
 
 
@@ -220,4 +315,109 @@ def drained_from(message: admin_pb2.DrainResponse) -> Drained:
     """What a draining node still serves."""
     return Drained(
         num_read_leases=message.num_read_leases, num_write_leases=message.num_write_leases
+    )
+
+
+def transports_from(message: admin_pb2.ListTransportsResponse) -> TransportsReport:
+    """How that node is reached."""
+    return TransportsReport(
+        transports=tuple(
+            ListedTransport(
+                probe=TransportProbe(
+                    scheme=row.scheme,
+                    available=row.available,
+                    reason=row.reason,
+                    remedy=row.remedy,
+                    kinds=tuple(row.kinds),
+                    facts=tuple((fact.name, fact.value) for fact in row.facts),
+                ),
+                bound=tuple(row.bound),
+                advertised=tuple(row.advertised),
+                is_open=row.open,
+                counters=tuple(sorted(row.counters.items())),
+            )
+            for row in message.transports
+        ),
+        advertisement=message.advertisement,
+        host=_host_from(message.host),
+        door=message.door,
+    )
+
+
+def _place_from(message: admin_pb2.DevicePlace) -> Place:
+    node = message.numa_node if message.HasField("numa_node") else None
+    return Place(numa_node=node, pci_path=tuple(message.pci_path))
+
+
+def _addresses_from(texts: Iterable[str]) -> tuple[NicAddress, ...]:
+    """Of `10.0.0.7/24`; what is no such thing is left out."""
+    found = []
+    for text in texts:
+        host, slash, prefix = text.rpartition("/")
+        if slash and prefix.isascii() and prefix.isdigit() and len(prefix) < 4:
+            found.append(NicAddress(host=host, prefix=int(prefix)))
+    return tuple(found)
+
+
+def _host_from(message: admin_pb2.HostInfo) -> HostFacts:
+    facts = [(fact.name, fact.value) for fact in message.facts]
+    return HostFacts(
+        numa_nodes=tuple(
+            NumaNode(
+                index=node.index,
+                cpus=node.cpus,
+                distances=tuple(node.distances),
+                memory_nbytes=node.memory_nbytes,
+            )
+            for node in message.numa_nodes
+        ),
+        nics=tuple(
+            Nic(
+                name=nic.name,
+                speed_bytes_per_s=max(nic.speed_bytes_per_s, 0.0),
+                is_up=nic.up,
+                is_loopback=nic.loopback,
+                addresses=_addresses_from(nic.addresses),
+                places=tuple(_place_from(place) for place in nic.places),
+            )
+            for nic in message.nics
+        ),
+        rdma_devices=tuple(
+            RdmaDevice(
+                name=port.device,
+                port=port.port,
+                link_layer=port.link_layer,
+                is_active=port.active,
+                speed_bytes_per_s=port.speed_bytes_per_s,
+                place=_place_from(port.place),
+                nics=tuple(port.nics),
+            )
+            for port in message.rdma_ports
+        ),
+        gpus=tuple(
+            Gpu(
+                address=gpu.address,
+                vendor=gpu.vendor,
+                device=gpu.device,
+                place=_place_from(gpu.place),
+            )
+            for gpu in message.gpus
+        ),
+        huge_pages=_pages_from(facts),
+        kernel=tuple(fact for fact in facts if not fact[0].startswith(_PAGE_FACTS)),
+    )
+
+
+_PAGE_FACTS = (_SHMEM, _ANONYMOUS, _MOUNT, _RESERVED)
+
+
+def _pages_from(facts: Sequence[tuple[str, str]]) -> HugePages:
+    """What a host's facts say of huge pages; reserved ones stay out, their numbers are for people."""
+    named = dict(facts)
+    return HugePages(
+        shmem=named.get(_SHMEM, ""),
+        anonymous=named.get(_ANONYMOUS, ""),
+        mounts=tuple(
+            (name.removeprefix(_MOUNT), value) for name, value in facts if name.startswith(_MOUNT)
+        ),
     )

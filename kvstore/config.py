@@ -64,6 +64,8 @@ S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
 LogLevel = typing.Literal["debug", "info", "warning", "error"]
+# How a client's bytes travel; `auto` takes the best that there is, all others are demands.
+TransportChoice = typing.Literal["auto", "shm", "tcp", "ucx", "grpc"]
 Origin = typing.Literal["default", "file", "environment", "flag"]
 _ORIGINS: dict[object, Origin] = {
     ParameterSource.COMMANDLINE: "flag",

@@ -7,19 +7,22 @@ of gRPC. All connections of a process share one of each, and whoever made this c
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from snowskin.transport.errors import TransportClosed, TransportUnavailable
 from snowskin.transport.registry import open_transport
+from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp_settings import TcpSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from snowskin.transport.api import Transport, TransportStatistics
+    from snowskin.transport.tcp_settings import TlsFiles
 
-TransportChoice = Literal["auto", "shm", "tcp", "ucx", "grpc"]
-
+MAX_CLIENT_NAME = 32  # in UTF-8 at most what the data plane takes
 ON_THIS_HOST = "shm"
 SLOW_PATH = "grpc"
 
@@ -36,6 +39,8 @@ class ClientTransports:
         self,
         choice: str = "auto",
         *,
+        name: str = "",
+        tls: TlsFiles | None = None,
         factories: Mapping[str, Callable[[], Transport]] | None = None,
         auto: Sequence[str] = ("tcp",),
     ) -> None:
@@ -43,7 +48,9 @@ class ClientTransports:
 
         Args:
             choice: `auto`, or the one that is demanded: a scheme, or `grpc`, which is the slow path.
-            factories: what opens a transport, by scheme; as the registry where it names none.
+            name: what this process calls itself, for the logs of nodes.
+            tls: to prove who this process is, where nodes want that.
+            factories: what opens a transport, by scheme, in place of the usual.
             auto: the schemes of `auto`, the preferred one first.
         """
         self.choice = choice
@@ -52,7 +59,11 @@ class ClientTransports:
             self.schemes = tuple(auto)
         elif choice not in (ON_THIS_HOST, SLOW_PATH):
             self.schemes = (choice,)
-        self._factories = dict(factories or {})
+        settings = TcpSettings(name=name[:MAX_CLIENT_NAME], tls=tls)
+        self._factories: dict[str, Callable[[], Transport]] = {
+            "tcp": functools.partial(TcpTransport, settings),
+            **(factories or {}),
+        }
         self._open: dict[str, Transport] = {}
         self._lock = threading.Lock()
         self._closed = False

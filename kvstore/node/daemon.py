@@ -1,4 +1,4 @@
-"""The node's process: memory, state, two doors, health; and a drain at the end."""
+"""The node's process: memory, state, two doors, the data plane, health; and a drain at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from snowskin.kvstore.errors import BadSetting
 from snowskin.kvstore.eviction.registry import make_eviction
 from snowskin.kvstore.metrics import Metrics
 from snowskin.kvstore.node.admin import NodeAdminService
-from snowskin.kvstore.node.door import LocalDoor
+from snowskin.kvstore.node.data_ports import DataPlaneSettings, open_transports, shown_addresses
+from snowskin.kvstore.node.door import CallMeter, LocalDoor
 from snowskin.kvstore.node.limits import NodeLimits
 from snowskin.kvstore.node.metrics import NodeMetrics
 from snowskin.kvstore.node.service import StoreService
@@ -27,10 +28,11 @@ from snowskin.kvstore.node.watching import WatchLimits
 from snowskin.kvstore.owned_folder import OwnedFolder
 from snowskin.kvstore.pool.arena import Arena
 from snowskin.kvstore.pool.pool import Pool
-from snowskin.kvstore.role import RoleSettings, Stop, announce_ready, tracer_of
+from snowskin.kvstore.role import Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.session import DEFAULT_TENANT
 from snowskin.kvstore.telemetry import HealthServer, get_logger
+from snowskin.kvstore.transport_metrics import TransportMetrics
 from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeSettings(RoleSettings):
+class NodeSettings(DataPlaneSettings):
     """Settings of a store node."""
 
     node_id: str = setting("", help="Name of the node; the host's name if empty.")
@@ -112,13 +114,15 @@ class NodeSettings(RoleSettings):
         )
 
 
-def make_shell(settings: NodeSettings, transports: Sequence[Transport] = ()) -> NodeShell:
+def make_shell(
+    settings: NodeSettings, transports: Sequence[Transport] = (), *, epoch: int | None = None
+) -> NodeShell:
     """A node's state with its memory, no doors yet; the caller closes it, and with it the data plane's `transports`."""
     arena = Arena(settings.dram_nbytes, name="dram", tenant=DEFAULT_TENANT)
     pool = Pool(0, arena.nbytes, tenant=DEFAULT_TENANT)
     state = NodeState(
         node_id=settings.node_id or socket.gethostname(),
-        epoch=secrets.randbits(63),
+        epoch=secrets.randbits(63) if epoch is None else epoch,
         pools=[pool],
         eviction=make_eviction(settings.eviction),
         limits=settings.limits(),
@@ -129,17 +133,23 @@ def make_shell(settings: NodeSettings, transports: Sequence[Transport] = ()) -> 
 async def serve_node(settings: NodeSettings, stop: Stop) -> None:
     """Serves until `stop`, then drains: no new leases, and those out get `drain_s` to end."""
     async with AsyncExitStack() as stack:
-        shell = make_shell(settings)
+        epoch = secrets.randbits(63)
+        transports = open_transports(settings, epoch=epoch)
+        for transport in transports:  # the shell's from now on; twice is no harm
+            stack.callback(transport.close)
+        shell = make_shell(settings, transports, epoch=epoch)
         stack.callback(shell.close)
-        path = Path(settings.door) if settings.door else _private_path(stack)
         metrics = Metrics(ROLE)
         tracer = stack.enter_context(
             tracer_of(settings, role=ROLE, instance_id=shell.state.node_id)
         )
-        door = LocalDoor(shell, path, tracer=tracer)
-        door.open()
-        stack.callback(door.close)
-        shell.state.door = f"unix:{path}"
+        calls = CallMeter()
+        if "shm" in settings.transports:
+            path = Path(settings.door) if settings.door else _private_path(stack)
+            door = LocalDoor(shell, path, tracer=tracer, meter=calls)
+            door.open()
+            stack.callback(door.close)
+            shell.state.door = f"unix:{path}"
         service = StoreService(shell, settings.watch_limits())
         stack.callback(service.close)
         admin = NodeAdminService(shell)
@@ -158,11 +168,14 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             )
         )
         admin.on_drain = server.say_draining
-        NodeMetrics(metrics, shell.stat, door=door.meter, watchers=service.watchers)
+        NodeMetrics(metrics, shell.stat, door=calls, watchers=service.watchers, slow_path=service)
+        TransportMetrics(metrics, shell.data_plane.statistics)
 
         def check() -> tuple[bool, dict[str, object]]:
             state = shell.state
-            return not state.draining, {"role": ROLE, "id": state.node_id, "door": str(path)}
+            door_path = state.door.removeprefix("unix:")
+            facts: dict[str, object] = {"role": ROLE, "id": state.node_id, "door": door_path}
+            return not state.draining, facts
 
         health = await stack.enter_async_context(
             HealthServer(
@@ -180,6 +193,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             address=server.address,
             http_address=f"{settings.host}:{health.port}",
             door=shell.state.door,
+            data_address=shown_addresses(transports),
         )
         await stop.wait()
         await server.say_draining()

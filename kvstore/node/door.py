@@ -114,10 +114,11 @@ class LocalDoor:
         *,
         hello_timeout_s: float = HELLO_TIMEOUT_S,
         tracer: Tracer | None = None,
+        meter: CallMeter | None = None,
     ) -> None:
-        """Not listening yet; `tracer` continues the traces of calls that are part of one."""
+        """Not listening yet; `tracer` continues the traces of calls that are part of one, `meter` counts all."""
         self.path = path
-        self.meter = CallMeter()
+        self.meter = meter or CallMeter()
         self._tracer = tracer
         self._shell = shell
         self._hello_timeout_s = hello_timeout_s

@@ -6,7 +6,7 @@ described here; nothing is counted twice. Names and units: docs/metrics.md.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -48,6 +48,13 @@ KINDS = ("kind",)
 POOL_LABELS = ("pool", "tier", "tenant")
 
 
+class SlowPath(Protocol):
+    """What moves bytes by gRPC."""
+
+    read_nbytes: int
+    written_nbytes: int
+
+
 class NodeMetrics:
     """Reads one node's account."""
 
@@ -58,12 +65,14 @@ class NodeMetrics:
         *,
         door: CallMeter,
         watchers: Watchers,
+        slow_path: SlowPath,
     ) -> None:
         """Is read with `metrics` from now on."""
         self._metrics = metrics
         self._stat = stat
         self._door = door
         self._watchers = watchers
+        self._slow_path = slow_path
         metrics.read(self._read)
         metrics.read(door.seconds.collect)
 
@@ -101,6 +110,15 @@ class NodeMetrics:
             "door_calls_total",
             "Messages of clients on the local door.",
             [((), self._door.num_calls)],
+        )
+        yield metrics.total(
+            "slow_path_bytes_total",
+            "Bytes that went through gRPC, for clients without a transport.",
+            [
+                (("read",), self._slow_path.read_nbytes),
+                (("write",), self._slow_path.written_nbytes),
+            ],
+            KINDS,
         )
         for name, help in COUNTERS.items():
             yield metrics.total(f"{name}_total", help, [((), stat.counters.get(name, 0))])

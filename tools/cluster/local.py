@@ -370,18 +370,21 @@ class LocalCluster:
         self._num_engines[role] += 1
         name = name or f"{role}-{index}"
         own_node = self.nodes[index % settings.nodes]
+        # Through a door there is shared memory, and nothing else.
+        maps = settings.transport in ("auto", "shm")
 
         def command(_previous: Ready | None) -> list[str]:
             return [
                 *("--instance-id", name),
                 *("--model", settings.model),
-                *("--node", own_node.door),
+                *("--node", own_node.door if maps else own_node.address),
                 *("--node-address", own_node.address),
                 *("--conductor", self.conductor_address),
                 *("--threads", str(threads)),
                 *("--block-size", str(settings.block_size)),
                 *("--chunk-tokens", str(settings.chunk_tokens)),
                 *("--kv-memory-nbytes", str(settings.kv_memory_nbytes)),
+                *("--transport", settings.transport),
                 *("--port", "0", "--http-port", "0"),
             ]
 

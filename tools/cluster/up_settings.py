@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from snowskin.kvstore.config import LogLevel, check_bind, setting
+from snowskin.kvstore.config import LogLevel, TransportChoice, check_bind, setting
 from snowskin.kvstore.errors import BadSetting
 
 MAX_CHILDREN = 64
@@ -25,6 +25,9 @@ class UpSettings:
     block_size: int = setting(16, help="Tokens of a block.")
     chunk_tokens: int = setting(512, help="Tokens of a prefill chunk.")
     threads: int = setting(0, help="Compute threads of each engine; 0: cores / engines.")
+    transport: TransportChoice = setting(
+        "auto", help="How blocks travel between engines and nodes; that one or none, auto the best."
+    )
     host: str = setting("127.0.0.1", help="Address that every role listens on.")
     insecure: bool = setting(False, help="Allow an address beyond loopback without credentials.")
     http_port: int = setting(8000, help="Port of the OpenAI-compatible HTTP; 0 takes a free one.")

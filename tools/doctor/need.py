@@ -64,6 +64,8 @@ def need_of(role: str, values: Mapping[str, Value], *, num_cores: int) -> Need:
 
     names = ("http_port", "conductor_port") if role == "up" else ("port", "http_port")
     ports = tuple((f"{role}'s {name}", word("host"), number(name)) for name in names)
+    if role == "node":
+        ports += (("node's data_port", word("data_host") or word("host"), number("data_port")),)
     num_nodes = number("nodes") if role == "up" else int(role == "node")
     num_engines = int(role in ("prefill", "decode"))
     threads = number("threads") or num_cores

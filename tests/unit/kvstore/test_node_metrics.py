@@ -41,6 +41,11 @@ STAT = NodeStat(
 )
 
 
+class SlowPath:
+    read_nbytes = 3
+    written_nbytes = 4
+
+
 class Watchers:
     num_dropped = 2
 
@@ -53,7 +58,13 @@ def shown(stat=STAT):
     metrics, door = Metrics("node"), CallMeter()
     door.num_calls = 19
     door.seconds.observe(3e-5, "match")
-    NodeMetrics(metrics, lambda: stat, door=door, watchers=Watchers())  # type: ignore[arg-type]
+    NodeMetrics(
+        metrics,
+        lambda: stat,
+        door=door,
+        watchers=Watchers(),
+        slow_path=SlowPath(),  # type: ignore[arg-type]
+    )
     return {
         (sample.name.removeprefix("snowskin_node_"), *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(metrics.exposition().decode())

@@ -395,11 +395,16 @@ def test_a_role_alone_needs_its_own_part():
         "port": 1,
         "http_port": 2,
         "host": "h",
+        "data_port": 3,
     }
     assert need_of("node", values, num_cores=4).nbytes == GIB
     assert need_of("decode", values, num_cores=4).num_threads == 4
     assert need_of("conductor", values, num_cores=4).nbytes == 0
-    assert [port for _, _, port in need_of("node", values, num_cores=4).ports] == [1, 2]
+    assert need_of("node", values, num_cores=4).ports == (
+        ("node's port", "h", 1),
+        ("node's http_port", "h", 2),
+        ("node's data_port", "h", 3),
+    )
 
 
 def test_weights_kept_in_half_are_twice_as_large_in_float32(tmp_path):
