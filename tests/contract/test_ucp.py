@@ -7,6 +7,7 @@ import importlib.util
 import os
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -259,6 +260,25 @@ def test_missing_ucx_says_which_extra_to_install(monkeypatch: pytest.MonkeyPatch
         assert "libucp.so.0" in str(why_unavailable())
     finally:
         abi.load.cache_clear()
+
+
+def test_systems_ucx_that_knows_rdma_goes_before_the_wheel(tmp_path: Path) -> None:
+    without, with_rdma = tmp_path / "without", tmp_path / "with"
+    for folder in (without, with_rdma):
+        (folder / "ucx").mkdir(parents=True)
+        (folder / "libucp.so.0").touch()
+    (with_rdma / "ucx" / "libuct_ib.so.0").touch()
+    both = [str(without), str(with_rdma)]
+    assert abi.library_files(both) == [str(with_rdma / "libucp.so.0")]
+    assert "without" not in abi.library_files([str(without)])[-1]
+
+
+@needs_ucx
+def test_only_one_libucp_is_loaded() -> None:
+    for name in sorted({name for pair in PAIRS for name in pair}):
+        open_context(CONFIG, ALL, binding=name).close()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split()[-1] for line in maps if "/libucp.so" in line}) == 1
 
 
 def test_binding_asked_for_by_name_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

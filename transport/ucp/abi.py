@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -25,15 +26,28 @@ from ctypes import (
     c_void_p,
 )
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snowskin.transport.errors import TransportUnavailable
 from snowskin.transport.ucp.api import UcpFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OK = 0
 IN_PROGRESS = 1
 ERR_BUSY = -15
 ERR_CANCELED = -16
 API_VERSION = (1, 14)  # the oldest that has all of this
+SYSTEM_FOLDERS = (
+    "/usr/local/lib",
+    "/usr/lib64",
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib",
+    "/opt/ucx/lib",
+    "/opt/hpcx/ucx/lib",
+)
 
 STATUS_NAMES = {
     -1: "NO_MESSAGE", -2: "NO_RESOURCE", -3: "IO_ERROR", -4: "NO_MEMORY", -5: "INVALID_PARAM",
@@ -274,21 +288,15 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library with its signatures: the `libucx-cu12` wheel's, else the system's `libucp.so.0`.
+    """The library with its signatures: a system's UCX that knows RDMA, else the wheel's, else any of the system.
+
+    UCX in wheels is built without RDMA, so where the operator installed one that has it, that one is meant.
 
     Raises:
-        TransportUnavailable: neither is here, or it is older than 1.14.
+        TransportUnavailable: none is here, or it is older than 1.14.
     """
-    names = []
-    wheel = importlib.util.find_spec("libucx")
-    if wheel is not None and wheel.origin is not None:
-        folder = Path(wheel.origin).parent / "lib"
-        # Its libraries find each other only once they are loaded, lowest first. The wheel has each one
-        # twice, as files of their own: `.so` is the one that ucx-py gets, and the other would be a
-        # second UCX, to which ucx-py's handles mean nothing.
-        names = [str(folder / f"{name}.so") for name in ("libucs", "libuct", "libucp")]
     try:
-        library = [ctypes.CDLL(name) for name in names or ["libucp.so.0"]][-1]
+        library = [ctypes.CDLL(name) for name in library_files()][-1]
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -297,7 +305,34 @@ def load() -> ctypes.CDLL:
             f"UCX (libucp.so.0) cannot be used here: {error}",
             hint="pip install 'snowskin[ucx]', or install UCX 1.14 or newer on the system",
         ) from error
+    version = library.ucp_get_version_string().decode("ascii", "replace")
+    if tuple(map(int, version.split(".")[:2])) < API_VERSION:
+        raise TransportUnavailable(
+            f"this host's UCX is {version}",
+            hint="UCX 1.14 or newer, or pip install 'snowskin[ucx]'",
+        )
     return library
+
+
+def library_files(folders: Sequence[str] | None = None) -> list[str]:
+    """What to load, in this order; the last one is libucp.
+
+    Args:
+        folders: where a system's UCX may lie; by default the loader's usual ones and `LD_LIBRARY_PATH`.
+    """
+    if folders is None:
+        named = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+        folders = [*filter(None, named), *SYSTEM_FOLDERS]
+    for folder in map(Path, folders):
+        if (folder / "libucp.so.0").exists() and (folder / "ucx" / "libuct_ib.so.0").exists():
+            return [str(folder / "libucp.so.0")]
+    wheel = importlib.util.find_spec("libucx")
+    if wheel is None or wheel.origin is None:
+        return ["libucp.so.0"]
+    folder = Path(wheel.origin).parent / "lib"
+    # Its libraries find each other only once they are loaded, lowest first. The wheel has each one twice, as
+    # files of their own: `.so` is the one that other packages get from it, and the other would be a second UCX.
+    return [str(folder / f"{name}.so") for name in ("libucs", "libuct", "libucp")]
 
 
 def name_of(status: int) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ def load() -> tuple[ModuleType, ModuleType]:
     Raises:
         TransportUnavailable: it is not installed, does not load, or brings a second libucp.
     """
-    environment = dict(os.environ)
+    abi.load()  # first: ucx-py's core then finds this libucp loaded, and takes it
+    environment, wheel = dict(os.environ), sys.modules.get("libucx")
+    sys.modules["libucx"] = None  # type: ignore[assignment]  # or `import ucp` loads the wheel's libraries as well
     try:
         from ucp._libs import arr, ucx_api
     except (ImportError, OSError, AttributeError) as error:
@@ -55,10 +58,12 @@ def load() -> tuple[ModuleType, ModuleType]:
             "pip install 'snowskin[ucx]'",
         ) from error
     finally:
+        del sys.modules["libucx"]
+        if wheel is not None:
+            sys.modules["libucx"] = wheel
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-    abi.load()
     maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     libraries = {line.split()[-1] for line in maps if "/libucp.so" in line}
     if len(libraries) > 1:  # handles of one mean nothing to the other
