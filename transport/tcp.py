@@ -29,9 +29,12 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
-from snowskin.transport.runs import joined
+from snowskin.transport.paths import MANY_STREAMS_FROM_NBYTES
+from snowskin.transport.runs import Run, joined
+from snowskin.transport.stripes import STALL_S, STRIPED_FROM_NBYTES
 from snowskin.transport.tcp_connection import WAIT_S
 from snowskin.transport.tcp_connections import Connections, Link
+from snowskin.transport.tcp_lanes import StripedPull
 from snowskin.transport.tcp_owner import TcpOwner
 from snowskin.transport.tcp_reader import Job, check_note, pull, push
 from snowskin.transport.tcp_settings import TcpSettings
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.memory import MemoryRegion
     from snowskin.transport.tcp_connection import Connection
+    from snowskin.transport.tcp_connections import PathsTo
 
 INLINE_NBYTES = 1 << 20
 NUM_THREADS = 16
@@ -93,6 +97,7 @@ class TcpTransport(OrderedTransport):
         *,
         now_s: Callable[[], float] = time.monotonic,
         inline_nbytes: int = INLINE_NBYTES,
+        paths_to: PathsTo | None = None,
     ) -> None:
         """Listens where `settings` say so; connects to nobody yet.
 
@@ -100,6 +105,7 @@ class TcpTransport(OrderedTransport):
             settings: `TcpSettings()` where None: a reader alone.
             now_s: the clock of deadlines and lives.
             inline_nbytes: up to how many bytes `pull_async` stays on the event loop.
+            paths_to: which ways there are to an owner; one to each of its addresses if None.
 
         Raises:
             TransportUnavailable: an address cannot be bound, or TLS's files do not fit.
@@ -107,7 +113,7 @@ class TcpTransport(OrderedTransport):
         super().__init__(now_s=now_s, inline_nbytes=0)
         self._settings = settings or TcpSettings()
         self._loop_nbytes = inline_nbytes
-        self._connections = Connections(self._settings)
+        self._connections = Connections(self._settings, paths_to)
         self._connecting: concurrent.futures.ThreadPoolExecutor | None = None
         self._owner: TcpOwner | None = None
         if self._settings.listen:
@@ -169,7 +175,10 @@ class TcpTransport(OrderedTransport):
         nbytes = sum(run[2] for run in job.runs)
         charge = link.gate.try_enter(nbytes) or self._wait_at_gate(link, job, nbytes)
         try:
-            self._carry_over(link, job)
+            if job.order.is_pull and self._is_striped(link, job, nbytes):
+                self._carry_in_stripes(link, job)
+            else:
+                self._carry_over(link, job, nbytes)
         finally:
             link.gate.leave(charge)
 
@@ -229,24 +238,53 @@ class TcpTransport(OrderedTransport):
             raise
         return ticket.nbytes
 
-    def _carry_over(self, link: Link, job: Job) -> None:
+    def _is_striped(self, link: Link, job: Job, nbytes: int) -> bool:
+        """Whether more than one connection may be worth it."""
+        if job.note and not link.has_many_paths:
+            return False  # in one request the owner sees all of it
+        if link.has_many_paths:
+            return nbytes >= STRIPED_FROM_NBYTES
+        return nbytes >= MANY_STREAMS_FROM_NBYTES and self._settings.max_streams > 1
+
+    def _carry_in_stripes(self, link: Link, job: Job) -> None:
+        """Over several connections; what a note goes with is the last piece, once all else has landed."""
+        runs, last = job.runs, None
+        if job.note:
+            runs, last = _split_off_last(runs, job.order.piece_nbytes)
+        _interrupt_on_cancel(link, job)
+        striped = StripedPull(
+            link,
+            job,
+            runs,
+            max_streams=self._settings.max_streams,
+            begin=lambda lane: self._threads().submit(lane),
+        )
+        striped.run()
+        if last is not None:
+            job.runs = (last,)
+            job.landed_nbytes = 0
+            self._carry_over(link, job, last.nbytes)
+
+    def _carry_over(self, link: Link, job: Job, nbytes: int) -> None:
         """Over one connection, and in its place another where that broke."""
-        path = link.path_names[0]
-        tries = _Tries(job)
-        connection = link.take_idle(path, job) or link.connect(path, job)
+        tries = _Tries(link, job, nbytes)
+        connection = link.take_any(job) or link.connect_any(job)
         _interrupt_on_cancel(link, job)
         while True:
+            tries.begin(connection)
             try:
-                _drive(connection, job)
+                _drive(connection, job, tries)
                 break
             except PeerLost as error:
-                link.discard(connection)
+                _let_go(link, connection, job, error)
                 tries.check(error, connection)
             except BaseException as error:
-                link.give_back(connection)
+                _let_go(link, connection, job, error)
                 _name_peer(error, link)
                 raise
-            connection = link.connect(path, job)
+            finally:
+                tries.end()
+            connection = link.connect_any(job)
         link.give_back(connection)
 
     async def _carry_out_async(self, order: Order) -> None:
@@ -258,13 +296,13 @@ class TcpTransport(OrderedTransport):
         nbytes = sum(run[2] for run in job.runs)
         charge = link.gate.try_enter(nbytes) or await self._wait_at_gate_async(link, job, nbytes)
         try:
-            path = link.path_names[0]
-            tries = _Tries(job)
-            connection = link.take_idle(path, job) or await self._connect_async(link, path, job)
+            tries = _Tries(link, job, nbytes)
+            connection = link.take_any(job) or await self._connect_async(link, job)
             _interrupt_on_cancel(link, job)
             while True:
+                tries.begin(connection)
                 try:
-                    await _drive_async(connection, job)
+                    await _drive_async(connection, job, tries)
                     break
                 except PeerLost as error:
                     link.discard(connection)
@@ -273,7 +311,9 @@ class TcpTransport(OrderedTransport):
                     link.give_back(connection)
                     _name_peer(error, link)
                     raise
-                connection = await self._connect_async(link, path, job)
+                finally:
+                    tries.end()
+                connection = await self._connect_async(link, job)
             link.give_back(connection)
         finally:
             link.gate.leave(charge)
@@ -299,9 +339,9 @@ class TcpTransport(OrderedTransport):
             raise
         return ticket.nbytes
 
-    async def _connect_async(self, link: Link, path: str, job: Job) -> Connection:
+    async def _connect_async(self, link: Link, job: Job) -> Connection:
         """A new connection, made in a thread; one that is not wanted any more goes to the pool."""
-        connecting = self._threads().submit(link.connect, path, job)
+        connecting = self._threads().submit(link.connect_any, job)
         try:
             return await asyncio.wrap_future(connecting)
         except asyncio.CancelledError:
@@ -326,38 +366,89 @@ class TcpTransport(OrderedTransport):
 
 
 class _Tries:
-    """What of a transfer is tried again after its connection broke; see the rules at the top."""
+    """What of a transfer over one connection is tried again where that breaks; see the rules at the top."""
 
-    def __init__(self, job: Job) -> None:
+    __slots__ = ("_job", "_landed_nbytes", "_link", "_looked_at_s", "_nbytes", "_num_left", "_path")
+
+    def __init__(self, link: Link, job: Job, nbytes: int) -> None:
+        """`nbytes` in all."""
+        self._link = link
         self._job = job
+        self._nbytes = nbytes
         self._landed_nbytes = 0
-        self._may_resume = job.order.is_pull
+        self._num_left = len(link.path_names) if job.order.is_pull else 0
+        self._path = ""
+        self._looked_at_s = 0.0
+
+    def begin(self, connection: Connection) -> None:
+        """Goes over this connection now."""
+        self._landed_nbytes = self._job.landed_nbytes
+        if self._link.has_many_paths:
+            self._path = connection.path.name
+            self._looked_at_s = time.monotonic()
+            with self._link.lock:
+                self._link.paths.in_flight(self._path, self._nbytes - self._landed_nbytes)
+
+    def end(self) -> None:
+        """Goes over it no more."""
+        if self._path:
+            with self._link.lock:
+                landed_nbytes = self._job.landed_nbytes - self._landed_nbytes
+                left_nbytes = self._nbytes - self._job.landed_nbytes
+                if landed_nbytes:
+                    self._link.paths.landed(self._path, landed_nbytes)
+                self._link.paths.in_flight(self._path, -left_nbytes)
+            self._path = ""
+
+    def wait(self) -> None:
+        """Nothing came for a moment: raises PeerLost where it stood still for long and there is another way."""
+        if not self._path:
+            return
+        now_s = time.monotonic()
+        if self._job.landed_nbytes > self._landed_nbytes:
+            self._looked_at_s = now_s
+        elif now_s - self._looked_at_s >= STALL_S and self._link.has_other_way(self._path):
+            raise PeerLost(f"{self._link.peer} stands still on path {self._path}")
 
     def check(self, error: PeerLost, connection: Connection) -> None:
         """Raises `error`, or what made the connection break on this side; else it is worth another one."""
-        job = self._job
+        job, link = self._job, self._link
         job.check()
-        landed_nbytes, self._landed_nbytes = self._landed_nbytes, job.landed_nbytes
         if connection.was_idle and not job.heard:
             return
-        if self._may_resume and job.landed_nbytes > landed_nbytes:
-            self._may_resume = False
-            return
-        raise error
+        if link.has_many_paths:
+            link.failed(connection.path.name)
+        has_way = job.landed_nbytes > self._landed_nbytes or link.has_many_paths
+        if not has_way or not self._num_left:
+            raise error
+        self._num_left -= 1
 
 
-def _drive(connection: Connection, job: Job) -> None:
+def _drive(connection: Connection, job: Job, tries: _Tries) -> None:
     connection.wait_at_most(job.check())
     for _ in _steps(connection, job):
         connection.wait_at_most(job.check())
+        tries.wait()
 
 
-async def _drive_async(connection: Connection, job: Job) -> None:
+async def _drive_async(connection: Connection, job: Job, tries: _Tries) -> None:
     loop = asyncio.get_running_loop()
     connection.set_mood(polling=True)
     for _ in _steps(connection, job):
         wait_s = min(max(job.check(), 0.0), LOOP_WAIT_S)
+        tries.wait()
         await _ready(loop, connection.fd, wants_room=connection.wants_room, wait_s=wait_s)
+
+
+def _split_off_last(runs: Sequence[Run], piece_nbytes: int) -> tuple[list[Run], Run]:
+    """The last piece, of the grid on which all are cut, and all before it."""
+    *before, (remote_offset, local_offset, nbytes) = runs
+    first_nbytes = (nbytes - 1) // piece_nbytes * piece_nbytes
+    if first_nbytes:
+        before.append(Run(remote_offset, local_offset, first_nbytes))
+    return before, Run(
+        remote_offset + first_nbytes, local_offset + first_nbytes, nbytes - first_nbytes
+    )
 
 
 def _steps(connection: Connection, job: Job) -> Iterator[None]:
@@ -385,9 +476,29 @@ async def _ready(
         timer.cancel()
 
 
+def _let_go(link: Link, connection: Connection, job: Job, error: BaseException) -> None:
+    """After a failure.
+
+    What a push that was given up on this side had sent may land for a moment longer: it stays in quarantine until the
+    owner has ended the connection as well.
+    """
+    order = job.order
+    has_ended = isinstance(error, PeerLost) and not job.was_given_up()
+    if order.is_pull or has_ended or not job.heard or connection.is_reusable or order.remote.closed:
+        link.give_back(connection)
+        return
+    quarantined = order.remote.quarantined
+    quarantined.add(connection, order.landing_ranges())
+    link.abandon(connection, functools.partial(quarantined.lift, connection))
+
+
 def _interrupt_on_cancel(link: Link, job: Job) -> None:
     if job.order.control is not None:
-        job.order.control.on_cancel(functools.partial(link.interrupt, lambda user: user is job))
+        job.order.control.on_cancel(
+            functools.partial(
+                link.interrupt, lambda user: isinstance(user, Job) and user.root is job
+            )
+        )
 
 
 def _keep_unwanted(link: Link, connecting: concurrent.futures.Future[Connection]) -> None:

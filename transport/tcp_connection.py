@@ -42,7 +42,7 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
 )
-from snowskin.transport.tcp_owner import set_options
+from snowskin.transport.tcp_sockets import set_options, set_options_for_peer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,6 +94,7 @@ class Connection:
         is_reusable: between two transfers, in order: it may serve the next one.
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
+        is_pushing: the owner may be landing what was sent on it.
         hung_up: the keeper has seen its end.
         wants_room: what it waits for is room to send, not something to receive.
     """
@@ -110,6 +111,7 @@ class Connection:
         "fd",
         "hung_up",
         "idle_since_s",
+        "is_pushing",
         "is_reusable",
         "is_tls",
         "path",
@@ -129,7 +131,7 @@ class Connection:
         self.path = path
         self.welcome: Welcome
         self.is_reusable = False
-        self.was_idle = self.hung_up = self.wants_room = False
+        self.was_idle = self.hung_up = self.wants_room = self.is_pushing = False
         self.idle_since_s = self.spoke_at_s = 0.0
         self._scratch = memoryview(bytearray(SCRATCH_NBYTES))
         self._start = self._end = 0  # of what lies in the scratch and was not taken
@@ -372,10 +374,31 @@ class Connection:
         return bool(poll.poll(0))
 
     def interrupt(self) -> None:
-        """Ends whatever waits on it, from any thread; the descriptor stays its user's."""
+        """Ends whatever waits on it, from any thread; the descriptor stays its user's.
+
+        While it pushes only the sending, so that the owner's end can still be seen.
+        """
         with contextlib.suppress(OSError):
             # Not SSLSocket's own: that would let its user go on reading, in the clear.
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+            socket.socket.shutdown(
+                self._socket, socket.SHUT_WR if self.is_pushing else socket.SHUT_RDWR
+            )
+
+    def end_sending(self) -> None:
+        """Says that nothing more comes from this side."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_WR)
+
+    def skip(self) -> bool:
+        """Throws away what came; False once the owner has ended the connection."""
+        self.set_mood(polling=True)
+        self._start = self._end = 0
+        try:
+            while self.receive(self._scratch):
+                pass
+        except PeerLost:
+            return False
+        return True
 
     def close(self) -> None:
         """Nothing of it lands afterwards; only its user or, when idle, its pool calls this. Idempotent."""
@@ -447,6 +470,7 @@ def _connected(
         if code:
             raise OSError(code, errno.errorcode.get(code, "unknown"))
         made.setblocking(True)
+        set_options_for_peer(made, settings)
     except OSError as error:
         made.close()
         raise PeerLost(

@@ -10,12 +10,15 @@ costs no system call.
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from snowskin.transport.addresses import Reachability
 from snowskin.transport.errors import PeerLost, TransportClosed, TransportError
 from snowskin.transport.frames import Kind, Ping, encode
 from snowskin.transport.paths import Path, PathSet
@@ -24,11 +27,12 @@ from snowskin.transport.tcp_gate import Gate
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from snowskin.transport.addresses import Reachability
     from snowskin.transport.tcp_connection import Patience
     from snowskin.transport.tcp_settings import TcpSettings
+
+PathsTo = Callable[[Reachability], Sequence[Path]]
 
 _CLOSE_S = 1.0  # that the close of a transport waits for transfers of other threads
 
@@ -45,6 +49,7 @@ class Link:
     def __init__(
         self,
         reachability: Reachability,
+        paths: Sequence[Path],
         settings: TcpSettings,
         keeper: Keeper,
         *,
@@ -53,8 +58,9 @@ class Link:
         """No connection yet."""
         self.peer = f"tcp://{reachability.addresses[0]}"
         self.reachability = reachability
-        self.paths = PathSet(_paths(reachability, settings.local_addresses))
+        self.paths = PathSet(paths)
         self.path_names = tuple(path.name for path in self.paths.paths)
+        self.has_many_paths = len(self.path_names) > 1
         self.gate = Gate(
             max_transfers=settings.max_connections_to_peer,
             max_nbytes=settings.max_nbytes_in_flight,
@@ -63,6 +69,7 @@ class Link:
         self.idle: dict[str, list[Connection]] = {name: [] for name in self.path_names}
         self.busy: dict[Connection, Patience] = {}
         self.pinged: dict[int, tuple[Connection, float]] = {}
+        self.draining: dict[int, tuple[Connection, float, Callable[[], None]]] = {}
         self.num_open = 0
         self.is_lost = False
         self.num_users = 0  # attached regions; guarded by Connections
@@ -81,20 +88,58 @@ class Link:
         connection.was_idle = True
         return connection
 
+    def take_any(self, user: Patience) -> Connection | None:
+        """A kept connection of the least busy path that has one; None where none has."""
+        if not self.has_many_paths:
+            return self.take_idle(self.path_names[0], user)
+        with self.lock:
+            paths = self._by_business()
+        for path in paths:
+            connection = self.take_idle(path, user)
+            if connection is not None:
+                return connection
+        return None
+
+    def connect_any(self, user: Patience) -> Connection:
+        """A new connection of the least busy path that can be reached; raises what `connect` does, of the last one."""
+        tried: set[str] = set()
+        while True:
+            with self.lock:
+                now_s = time.monotonic()
+                paths = self._by_business() + [path.name for path in self.paths.due(now_s)]
+                path = next((path for path in paths if path not in tried), self.path_names[-1])
+            try:
+                return self.connect(path, user)
+            except PeerLost:
+                if path in tried or not self.has_many_paths:
+                    raise
+                tried.add(path)
+
+    def has_other_way(self, path: str) -> bool:
+        """Whether another path than this one lives."""
+        with self.lock:
+            return any(other.name != path for other in self.paths.alive())
+
     def has_room(self) -> bool:
         """Whether one more connection may be opened beside those in use."""
         with self.lock:
             return len(self.busy) + len(self.pinged) < self._settings.max_connections_to_peer
 
-    def connect(self, path: str, user: Patience) -> Connection:
+    def connect(self, path: str, user: Patience, *, is_due: bool = False) -> Connection:
         """A new connection of this path; closes the one that was idle longest where there are too many.
+
+        Args:
+            path: its name.
+            user: whose it becomes, and who waits for it.
+            is_due: it was said already that this path is to be tried.
 
         Raises:
             PeerLost: also at once, while the path is left alone after a failure. What `dial` raises.
         """
         now_s = time.monotonic()
         with self.lock:
-            self._check_path(path, now_s)
+            if not is_due:
+                self._check_path(path, now_s)
             chosen = self.paths.path(path)
             self.num_open += 1
             surplus = self._surplus()
@@ -143,6 +188,21 @@ class Link:
         connection.is_reusable = False
         self.give_back(connection)
 
+    def abandon(self, connection: Connection, at_end: Callable[[], None]) -> None:
+        """A push failed half-way: says so, and calls `at_end` once the owner has ended the connection too."""
+        connection.is_reusable = False
+        connection.end_sending()
+        with self.lock:
+            del self.busy[connection]
+            until_s = time.monotonic() + self._settings.pong_timeout_s
+            self.draining[connection.fd] = (connection, until_s, at_end)
+        if not self._keeper.watch_end(connection):
+            with self.lock:
+                if self.draining.pop(connection.fd, None) is None:
+                    return
+                self.num_open -= 1
+            connection.close()
+
     def interrupt(self, affects: Callable[[Patience], bool]) -> None:
         """Ends the transfers under way that `affects` names."""
         with self.lock:
@@ -167,6 +227,12 @@ class Link:
             return False
         idle.remove(connection)
         return True
+
+    def _by_business(self) -> list[str]:
+        """Guarded by `lock`: living paths, the one first that would be through first."""
+        first = self.paths.least_busy()
+        names = [] if first is None else [first.name]
+        return names + [path.name for path in self.paths.alive() if path.name not in names]
 
     def _check_path(self, path: str, now_s: float) -> None:
         if self.paths.is_alive(path):
@@ -194,9 +260,10 @@ class Link:
 class Connections:
     """Links to all owners that somebody attached to, by where they are reached."""
 
-    def __init__(self, settings: TcpSettings) -> None:
-        """No link yet, no thread."""
+    def __init__(self, settings: TcpSettings, paths_to: PathsTo | None = None) -> None:
+        """No link yet, no thread; `paths_to` says which ways there are to an owner."""
         self._settings = settings
+        self._paths_to = paths_to or functools.partial(_paths, settings.local_addresses)
         self._links: dict[Reachability, Link] = {}
         self._lock = threading.Lock()
         self._tls = None if settings.tls is None else settings.tls.reader_context()
@@ -219,7 +286,12 @@ class Connections:
                 del self._links[known.reachability]
             link = self._links.get(reachability)
             if link is None:
-                link = Link(reachability, self._settings, self.keeper, tls=self._tls)
+                paths = self._paths_to(reachability)
+                if not paths:
+                    raise PeerLost(
+                        f"no address of tcp://{reachability.addresses[0]} can be reached from here"
+                    )
+                link = Link(reachability, paths, self._settings, self.keeper, tls=self._tls)
                 self._links[reachability] = link
             link.num_users += 1
             return link
@@ -244,7 +316,9 @@ class Connections:
                 for connections in link.idle.values():
                     connections.clear()
                 idle += [connection for connection, _ in link.pinged.values()]
+                idle += [connection for connection, _, _ in link.draining.values()]
                 link.pinged.clear()
+                link.draining.clear()
                 link.num_open -= len(idle)
             for connection in idle:
                 connection.close()
@@ -298,6 +372,14 @@ class Keeper:
                 )
                 self._thread.start()
 
+    def watch_end(self, connection: Connection) -> bool:
+        """What still comes on it is thrown away until it ends; False after `close`."""
+        with self._lock:
+            if self.closed or self._epoll is None:
+                return False
+            self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLRDHUP)
+            return True
+
     def close(self) -> None:
         """Joins the thread. Idempotent."""
         with self._lock:
@@ -350,17 +432,31 @@ class Keeper:
             return
         connection, link = watched
         with link.lock:
+            draining = link.draining.get(fd)
             was_pinged = link.pinged.pop(fd, None)
-            if was_pinged is None:
+            if draining is None and was_pinged is None:
                 if connection.fd != fd or not connection.is_dead():
                     return
                 if not link.remove_idle(connection):
                     connection.hung_up = True  # its user will notice; the pool takes it no more
                     return
-        if was_pinged is not None and self._is_pong(connection):
+        if draining is not None:
+            self._drain(connection, link, draining[2])
+        elif was_pinged is not None and self._is_pong(connection):
             self._rest(connection, link)
+        else:
+            self._close(connection, link)
+            if not link.num_open:
+                self._count_lost(link)
+
+    def _drain(self, connection: Connection, link: Link, at_end: Callable[[], None]) -> None:
+        """Throws away what the owner still says; at its end nothing of the push can land any more."""
+        if connection.skip():
             return
+        with link.lock:
+            link.draining.pop(connection.fd, None)
         self._close(connection, link)
+        at_end()
 
     def _rest(self, connection: Connection, link: Link) -> None:
         """Answered: idle again, and as old as before."""
@@ -391,6 +487,9 @@ class Keeper:
                 ]
                 for connection in silent:
                     del link.pinged[connection.fd]
+                stuck = [each for each, until_s, _ in link.draining.values() if now_s >= until_s]
+                for connection in stuck:  # what it pushed stays in quarantine
+                    del link.draining[connection.fd]
                 surplus = self._take_surplus(link, now_s)
                 pinged = [
                     connection
@@ -402,7 +501,7 @@ class Keeper:
                     link.pinged[connection.fd] = (connection, now_s)
             for connection in silent:
                 self._lost(connection, link)
-            for connection in surplus:
+            for connection in surplus + stuck:
                 self._close(connection, link)
             for connection in pinged:
                 self._ping(connection, link)
@@ -450,11 +549,14 @@ class Keeper:
 
     def _lost(self, connection: Connection, link: Link) -> None:
         """The owner does not answer: it is stopped, or the way to it is cut."""
+        self._count_lost(link)
+        link.failed(connection.path.name)
+        self._close(connection, link)
+
+    def _count_lost(self, link: Link) -> None:
         if not link.is_lost:
             link.is_lost = True
             self.num_peers_lost += 1
-        link.failed(connection.path.name)
-        self._close(connection, link)
 
 
 class _Until:
@@ -477,7 +579,7 @@ def _is_needed(link: Link) -> bool:
     return bool(link.num_users or link.num_open or link.gate.num_inside)
 
 
-def _paths(reachability: Reachability, local_addresses: tuple[str, ...]) -> list[Path]:
+def _paths(local_addresses: tuple[str, ...], reachability: Reachability) -> list[Path]:
     """A path for each of the owner's addresses and each of ours, side by side, families matching."""
     remotes = [str(address) for address in reachability.addresses]
     if not local_addresses:

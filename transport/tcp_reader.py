@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from typing import TYPE_CHECKING
 
-from snowskin.transport.errors import OutOfBounds, RegionExpired, TransportClosed
+from snowskin.transport.errors import OutOfBounds, RegionExpired, TransportClosed, TransportError
 from snowskin.transport.frames import HEAD_NBYTES, MAX_TIMEOUT_MS, Done, Kind, encode
 from snowskin.transport.runs import Run
 
@@ -40,6 +41,8 @@ class Job:
 
     Attributes:
         runs: of the order, joined where nobody looks at single ones.
+        note: what the owner is told at the end.
+        root: of the whole order, where this is the part of one lane; else itself.
         heard: the owner answered to what was asked last.
         landed_nbytes: moved so far, from the first run on.
         thread_ident: whose thread drives it; 0 = an event loop's.
@@ -51,7 +54,9 @@ class Job:
         "abandoned",
         "heard",
         "landed_nbytes",
+        "note",
         "order",
+        "root",
         "runs",
         "thread_ident",
     )
@@ -61,12 +66,15 @@ class Job:
         order: Order,
         runs: Sequence[Run],
         *,
-        now_s: Callable[[], float],
-        is_closed: Callable[[], bool],
+        root: Job | None = None,
+        now_s: Callable[[], float] = time.monotonic,
+        is_closed: Callable[[], bool] = bool,
     ) -> None:
         """Nothing moved."""
         self.order = order
         self.runs = runs
+        self.note = order.note
+        self.root: Job = self if root is None else root
         self.heard = False
         self.landed_nbytes = 0
         self.abandoned = False
@@ -82,6 +90,19 @@ class Job:
         now_s = self._now_s()
         order.check(now_s)
         return order.deadline_s - now_s
+
+    def was_given_up(self) -> bool:
+        """Whether something on this side has ended it."""
+        try:
+            self.check()
+        except TransportError:
+            return True
+        return False
+
+    def moved(self, local_offset: int, nbytes: int) -> None:
+        """The next bytes are in their place; with a `landed`, a whole piece of them."""
+        self.landed_nbytes += nbytes
+        self.order.moved(local_offset, nbytes)
 
     def check_grant(self) -> None:
         """Raises RegionExpired where the grant's life is over."""
@@ -108,7 +129,7 @@ class Job:
 def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last: bool) -> bytes:
     """PULL or PUSH for `runs`, under the connection's next number."""
     order = job.order
-    is_pull, note, descriptor = order.is_pull, order.note, order.remote.descriptor
+    is_pull, note, descriptor = order.is_pull, job.note, order.remote.descriptor
     inline_note = b"" if is_pull else note
     num_runs = len(runs)
     head = _ASK.pack(
@@ -135,7 +156,7 @@ def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last:
 def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
     """Asks for `runs` and lands them, in as many requests as the owner wants; then says DONE where there is a note."""
     most = connection.welcome.max_ranges
-    note = job.order.note
+    note = job.note
     for first in range(0, len(runs), most):
         part = runs[first : first + most]
         is_last = first + most >= len(runs)
@@ -185,11 +206,9 @@ def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[Non
                     yield
                     job.check()
                 if landed is None and got:
-                    job.landed_nbytes += got
-                    order.moved(at - got, got)
+                    job.moved(at - got, got)
             if landed is not None:
-                job.landed_nbytes += piece_end - offset
-                order.moved(offset, piece_end - offset)
+                job.moved(offset, piece_end - offset)
             offset = piece_end
 
 
@@ -202,9 +221,10 @@ def push(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None
         ask = ask_bytes(connection, job, part, is_last=first + most >= len(runs))
         yield from connection.send_all([ask])
         yield from connection.expect(Kind.CLEAR, connection.last_op)
-        job.heard = True
+        job.heard = connection.is_pushing = True
         yield from _send_data(connection, job, part)
         yield from connection.expect(Kind.DONE, connection.last_op)
+        connection.is_pushing = False
         connection.is_reusable = not connection.num_ahead
 
 
@@ -229,8 +249,7 @@ def _send_data(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterato
                     raise TransportClosed("the source region was closed during the transfer")
                 yield from connection.send_all(views)
                 at += nbytes
-            job.landed_nbytes += piece_end - offset
-            order.moved(offset, piece_end - offset)
+            job.moved(offset, piece_end - offset)
             offset = piece_end
 
 
