@@ -39,7 +39,7 @@ from snowskin.transport.topology import (
 from snowskin.v1 import admin_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
 _KINDS = {
     LeaseKind.READ: admin_pb2.LEASE_KIND_READ,
@@ -146,9 +146,7 @@ def evicted_to(evicted: Evicted) -> admin_pb2.EvictResponse:
 
 def transports_to(report: TransportsReport) -> admin_pb2.ListTransportsResponse:
     """How the node is reached."""
-    message = admin_pb2.ListTransportsResponse(
-        advertisement=report.advertisement, door=report.door
-    )
+    message = admin_pb2.ListTransportsResponse(advertisement=report.advertisement, door=report.door)
     for listed in report.transports:
         probe = listed.probe
         row = message.transports.add(
@@ -207,20 +205,16 @@ def _set_host(message: admin_pb2.HostInfo, host: HostFacts) -> None:
         message.gpus.add(
             address=gpu.address, vendor=gpu.vendor, device=gpu.device, place=_place_to(gpu.place)
         )
-    _add_facts(message.facts, (*_page_facts(host.huge_pages), *host.kernel))
-
-
-_SHMEM, _ANONYMOUS = "huge pages for memfds", "huge pages for other memory"
-_MOUNT, _RESERVED = "huge pages mounted at ", "reserved pages of "
-
-
-def _page_facts(pages: HugePages) -> list[tuple[str, str]]:
-    """As facts of a host, in words; read back by `_pages_from`."""
-    rows = [(_SHMEM, pages.shmem), (_ANONYMOUS, pages.anonymous)]
-    rows = [(name, value) for name, value in rows if value]
-    rows += [(f"{_MOUNT}{path}", option) for path, option in pages.mounts]
-    rows += [(f"{_RESERVED}{size}", f"{count}, {free} free") for size, count, free in pages.reserved]
-    return rows
+    pages = host.huge_pages
+    message.huge_pages.shmem = pages.shmem
+    message.huge_pages.anonymous = pages.anonymous
+    message.huge_pages.page_nbytes = pages.page_nbytes
+    _add_facts(message.huge_pages.mounts, pages.mounts)
+    for page_nbytes, num_pages, num_free in pages.reserved:
+        message.huge_pages.reserved.add(
+            page_nbytes=page_nbytes, num_pages=num_pages, num_free=num_free
+        )
+    _add_facts(message.kernel, host.kernel)
 
 
 # --- operator's side
@@ -329,7 +323,7 @@ def transports_from(message: admin_pb2.ListTransportsResponse) -> TransportsRepo
                     reason=row.reason,
                     remedy=row.remedy,
                     kinds=tuple(row.kinds),
-                    facts=tuple((fact.name, fact.value) for fact in row.facts),
+                    facts=_facts_from(row.facts),
                 ),
                 bound=tuple(row.bound),
                 advertised=tuple(row.advertised),
@@ -360,7 +354,7 @@ def _addresses_from(texts: Iterable[str]) -> tuple[NicAddress, ...]:
 
 
 def _host_from(message: admin_pb2.HostInfo) -> HostFacts:
-    facts = [(fact.name, fact.value) for fact in message.facts]
+    pages = message.huge_pages
     return HostFacts(
         numa_nodes=tuple(
             NumaNode(
@@ -403,21 +397,18 @@ def _host_from(message: admin_pb2.HostInfo) -> HostFacts:
             )
             for gpu in message.gpus
         ),
-        huge_pages=_pages_from(facts),
-        kernel=tuple(fact for fact in facts if not fact[0].startswith(_PAGE_FACTS)),
-    )
-
-
-_PAGE_FACTS = (_SHMEM, _ANONYMOUS, _MOUNT, _RESERVED)
-
-
-def _pages_from(facts: Sequence[tuple[str, str]]) -> HugePages:
-    """What a host's facts say of huge pages; reserved ones stay out, their numbers are for people."""
-    named = dict(facts)
-    return HugePages(
-        shmem=named.get(_SHMEM, ""),
-        anonymous=named.get(_ANONYMOUS, ""),
-        mounts=tuple(
-            (name.removeprefix(_MOUNT), value) for name, value in facts if name.startswith(_MOUNT)
+        huge_pages=HugePages(
+            shmem=pages.shmem,
+            anonymous=pages.anonymous,
+            page_nbytes=pages.page_nbytes,
+            mounts=_facts_from(pages.mounts),
+            reserved=tuple(
+                (row.page_nbytes, row.num_pages, row.num_free) for row in pages.reserved
+            ),
         ),
+        kernel=_facts_from(message.kernel),
     )
+
+
+def _facts_from(facts: Iterable[admin_pb2.NamedFact]) -> tuple[tuple[str, str], ...]:
+    return tuple((fact.name, fact.value) for fact in facts)

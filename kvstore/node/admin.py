@@ -21,6 +21,7 @@ from snowskin.kvstore.blocks import MAX_KEY_NBYTES, MIN_KEY_NBYTES
 from snowskin.kvstore.errors import BadRequest, LimitExceeded, NamespaceMismatch
 from snowskin.kvstore.messages import LeaseId
 from snowskin.kvstore.node.inspection import PIECE_KEYS, shards
+from snowskin.kvstore.node.reach import NodeReach
 from snowskin.kvstore.node.validation import NAMESPACE_NBYTES
 from snowskin.kvstore.rpc import CLIENT_HEADER
 from snowskin.kvstore.session import DEFAULT_TENANT
@@ -58,9 +59,10 @@ class NodeAdminService(admin_pb2_grpc.NodeAdminServicer):
         on_drain: awaited when an operator drains the node, so that whoever asks for its health hears of it.
     """
 
-    def __init__(self, shell: NodeShell) -> None:
-        """All operators act for the tenant of the gRPC door."""
+    def __init__(self, shell: NodeShell, reach: NodeReach | None = None) -> None:
+        """All operators act for the tenant of the gRPC door; without `reach`, the node tells of no transport."""
         self._shell = shell
+        self._reach = reach or NodeReach()
         self._secret = secrets.token_bytes(32)
         self.on_drain: Callable[[], Awaitable[None]] = _nobody_to_tell
 
@@ -138,6 +140,12 @@ class NodeAdminService(admin_pb2_grpc.NodeAdminServicer):
         if len(leases) > size:
             token = self._seal(leases[size - 1].id.to_bytes(8, "little"), filters)
         return admin_wire.lease_page_to(LeasePage(leases=leases[:size], next_page_token=token))
+
+    async def ListTransports(  # noqa: N802
+        self, request: admin_pb2.ListTransportsRequest, context: Context
+    ) -> admin_pb2.ListTransportsResponse:
+        """How the node's memory can be reached."""
+        return admin_wire.transports_to(self._reach.report(door=self._shell.state.door))
 
     # --- taking away
 

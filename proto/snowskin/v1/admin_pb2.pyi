@@ -299,3 +299,164 @@ class DrainResponse(_message.Message):
     num_read_leases: int
     num_write_leases: int
     def __init__(self, num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ...) -> None: ...
+
+class ListTransportsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTransportsResponse(_message.Message):
+    __slots__ = ("transports", "advertisement", "host", "door")
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISEMENT_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    DOOR_FIELD_NUMBER: _ClassVar[int]
+    transports: _containers.RepeatedCompositeFieldContainer[TransportInfo]
+    advertisement: bytes
+    host: HostInfo
+    door: str
+    def __init__(self, transports: _Optional[_Iterable[_Union[TransportInfo, _Mapping]]] = ..., advertisement: _Optional[bytes] = ..., host: _Optional[_Union[HostInfo, _Mapping]] = ..., door: _Optional[str] = ...) -> None: ...
+
+class TransportInfo(_message.Message):
+    __slots__ = ("scheme", "available", "reason", "remedy", "kinds", "facts", "bound", "advertised", "open", "counters")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    SCHEME_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REMEDY_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    BOUND_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISED_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    scheme: str
+    available: bool
+    reason: str
+    remedy: str
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    facts: _containers.RepeatedCompositeFieldContainer[NamedFact]
+    bound: _containers.RepeatedScalarFieldContainer[str]
+    advertised: _containers.RepeatedScalarFieldContainer[str]
+    open: bool
+    counters: _containers.ScalarMap[str, int]
+    def __init__(self, scheme: _Optional[str] = ..., available: bool = ..., reason: _Optional[str] = ..., remedy: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., facts: _Optional[_Iterable[_Union[NamedFact, _Mapping]]] = ..., bound: _Optional[_Iterable[str]] = ..., advertised: _Optional[_Iterable[str]] = ..., open: bool = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class NamedFact(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: str
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class HostInfo(_message.Message):
+    __slots__ = ("numa_nodes", "nics", "rdma_ports", "gpus", "huge_pages", "kernel")
+    NUMA_NODES_FIELD_NUMBER: _ClassVar[int]
+    NICS_FIELD_NUMBER: _ClassVar[int]
+    RDMA_PORTS_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    HUGE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_FIELD_NUMBER: _ClassVar[int]
+    numa_nodes: _containers.RepeatedCompositeFieldContainer[NumaNodeInfo]
+    nics: _containers.RepeatedCompositeFieldContainer[NicInfo]
+    rdma_ports: _containers.RepeatedCompositeFieldContainer[RdmaPortInfo]
+    gpus: _containers.RepeatedCompositeFieldContainer[GpuInfo]
+    huge_pages: HugePagesInfo
+    kernel: _containers.RepeatedCompositeFieldContainer[NamedFact]
+    def __init__(self, numa_nodes: _Optional[_Iterable[_Union[NumaNodeInfo, _Mapping]]] = ..., nics: _Optional[_Iterable[_Union[NicInfo, _Mapping]]] = ..., rdma_ports: _Optional[_Iterable[_Union[RdmaPortInfo, _Mapping]]] = ..., gpus: _Optional[_Iterable[_Union[GpuInfo, _Mapping]]] = ..., huge_pages: _Optional[_Union[HugePagesInfo, _Mapping]] = ..., kernel: _Optional[_Iterable[_Union[NamedFact, _Mapping]]] = ...) -> None: ...
+
+class HugePagesInfo(_message.Message):
+    __slots__ = ("shmem", "anonymous", "page_nbytes", "mounts", "reserved")
+    SHMEM_FIELD_NUMBER: _ClassVar[int]
+    ANONYMOUS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    MOUNTS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    shmem: str
+    anonymous: str
+    page_nbytes: int
+    mounts: _containers.RepeatedCompositeFieldContainer[NamedFact]
+    reserved: _containers.RepeatedCompositeFieldContainer[ReservedPagesInfo]
+    def __init__(self, shmem: _Optional[str] = ..., anonymous: _Optional[str] = ..., page_nbytes: _Optional[int] = ..., mounts: _Optional[_Iterable[_Union[NamedFact, _Mapping]]] = ..., reserved: _Optional[_Iterable[_Union[ReservedPagesInfo, _Mapping]]] = ...) -> None: ...
+
+class ReservedPagesInfo(_message.Message):
+    __slots__ = ("page_nbytes", "num_pages", "num_free")
+    PAGE_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_FIELD_NUMBER: _ClassVar[int]
+    page_nbytes: int
+    num_pages: int
+    num_free: int
+    def __init__(self, page_nbytes: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free: _Optional[int] = ...) -> None: ...
+
+class DevicePlace(_message.Message):
+    __slots__ = ("numa_node", "pci_path")
+    NUMA_NODE_FIELD_NUMBER: _ClassVar[int]
+    PCI_PATH_FIELD_NUMBER: _ClassVar[int]
+    numa_node: int
+    pci_path: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, numa_node: _Optional[int] = ..., pci_path: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class NumaNodeInfo(_message.Message):
+    __slots__ = ("index", "cpus", "memory_nbytes", "distances")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    DISTANCES_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    cpus: str
+    memory_nbytes: int
+    distances: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., cpus: _Optional[str] = ..., memory_nbytes: _Optional[int] = ..., distances: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class NicInfo(_message.Message):
+    __slots__ = ("name", "speed_bytes_per_s", "up", "loopback", "addresses", "places")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SPEED_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    UP_FIELD_NUMBER: _ClassVar[int]
+    LOOPBACK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    speed_bytes_per_s: float
+    up: bool
+    loopback: bool
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    places: _containers.RepeatedCompositeFieldContainer[DevicePlace]
+    def __init__(self, name: _Optional[str] = ..., speed_bytes_per_s: _Optional[float] = ..., up: bool = ..., loopback: bool = ..., addresses: _Optional[_Iterable[str]] = ..., places: _Optional[_Iterable[_Union[DevicePlace, _Mapping]]] = ...) -> None: ...
+
+class RdmaPortInfo(_message.Message):
+    __slots__ = ("device", "port", "link_layer", "active", "speed_bytes_per_s", "place", "nics")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    LINK_LAYER_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    SPEED_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    NICS_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    port: int
+    link_layer: str
+    active: bool
+    speed_bytes_per_s: float
+    place: DevicePlace
+    nics: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, device: _Optional[str] = ..., port: _Optional[int] = ..., link_layer: _Optional[str] = ..., active: bool = ..., speed_bytes_per_s: _Optional[float] = ..., place: _Optional[_Union[DevicePlace, _Mapping]] = ..., nics: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GpuInfo(_message.Message):
+    __slots__ = ("address", "vendor", "device", "place")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VENDOR_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    vendor: str
+    device: str
+    place: DevicePlace
+    def __init__(self, address: _Optional[str] = ..., vendor: _Optional[str] = ..., device: _Optional[str] = ..., place: _Optional[_Union[DevicePlace, _Mapping]] = ...) -> None: ...

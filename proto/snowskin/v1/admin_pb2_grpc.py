@@ -226,6 +226,11 @@ class NodeAdminStub(object):
                 request_serializer=snowskin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=snowskin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ListTransports = channel.unary_unary(
+                '/snowskin.v1.NodeAdmin/ListTransports',
+                request_serializer=snowskin_dot_v1_dot_admin__pb2.ListTransportsRequest.SerializeToString,
+                response_deserializer=snowskin_dot_v1_dot_admin__pb2.ListTransportsResponse.FromString,
+                _registered_method=True)
 
 
 class NodeAdminServicer(object):
@@ -274,6 +279,13 @@ class NodeAdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTransports(self, request, context):
+        """How the node's memory can be reached: what its transports could do when it started, and did since.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeAdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -306,6 +318,11 @@ def add_NodeAdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=snowskin_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=snowskin_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'ListTransports': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTransports,
+                    request_deserializer=snowskin_dot_v1_dot_admin__pb2.ListTransportsRequest.FromString,
+                    response_serializer=snowskin_dot_v1_dot_admin__pb2.ListTransportsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -471,6 +488,33 @@ class NodeAdmin(object):
             '/snowskin.v1.NodeAdmin/Drain',
             snowskin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             snowskin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTransports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/snowskin.v1.NodeAdmin/ListTransports',
+            snowskin_dot_v1_dot_admin__pb2.ListTransportsRequest.SerializeToString,
+            snowskin_dot_v1_dot_admin__pb2.ListTransportsResponse.FromString,
             options,
             channel_credentials,
             insecure,
