@@ -301,13 +301,11 @@ class ServingLoop:
             return 0
         if events & ~_OUT:
             self._hear(link)
-            transfer = served.transfer
-            if (
-                transfer is not None
-                and not served.out
-                and (transfer.nbytes <= SMALL_NBYTES or not self._turns)
-            ):
-                return self._move(link)  # over sooner than it could be put in order
+            if served.phase is Phase.SENDING and not served.out:
+                transfer = served.transfer
+                assert transfer is not None, "in this phase there is one"
+                if transfer.nbytes <= SMALL_NBYTES or not self._turns:
+                    return self._move(link)  # over sooner than it could be put in order
         return self._settle(link)
 
     def _hear(self, link: Link) -> None:
@@ -330,7 +328,8 @@ class ServingLoop:
         """Moves one piece of a transfer; its bytes."""
         served = link.served
         transfer = served.transfer
-        if transfer is None or link.blocked:
+        is_sending = served.phase is Phase.SENDING
+        if transfer is None or link.blocked or not (is_sending or served.phase is Phase.RECEIVING):
             return 0
         now_s = self._now_s()
         if now_s >= transfer.deadline_s:
@@ -341,7 +340,6 @@ class ServingLoop:
         except TransportError as error:
             served.stop(error, now_s)
             return self._settle(link)
-        is_sending = served.phase is Phase.SENDING
         wanted_nbytes = nbytes = 0
         try:
             memory = transfer.grant.region.view
@@ -388,7 +386,9 @@ class ServingLoop:
         if served.num_served and not link.proven:
             link.proven = True
             self._admission.prove(link)
-        if not link.blocked and (served.phase is Phase.SENDING or link.holds_bytes):
+        if not link.blocked and (
+            served.phase is Phase.SENDING or (served.phase is Phase.RECEIVING and link.holds_bytes)
+        ):
             self._turns.add(link)
         mask = _OUT if served.out else _IN | _OUT if link.blocked else _IN
         if mask != link.mask:
