@@ -39,8 +39,8 @@ async def cluster(sensitive_model):
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def two_nodes(sensitive_model):
-    """Two nodes, and of each kind of engine one on each."""
-    async with exact_cluster(sensitive_model, nodes=2) as running:
+    """Two nodes, and of each kind of engine one on each; bytes go by TCP, as if each were another host."""
+    async with exact_cluster(sensitive_model, nodes=2, transport="tcp") as running:
         yield running
 
 

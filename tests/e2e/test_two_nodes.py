@@ -1,4 +1,4 @@
-"""Two nodes: prefixes spread over them, held by both, lost with one; a conductor that forgot all of it.
+"""Two nodes, as if on two hosts: prefixes spread over them, held by both, lost with one; a conductor that forgot all.
 
 Which of the two a test's prefix came to is asked of the nodes, and blocks are moved between them as an operator or
 another engine would: published to one, evicted from the other.
@@ -11,9 +11,11 @@ import random
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 
 from snowskin.kvstore.blocks import KeyColumn, block_hashes
 from snowskin.kvstore.client.store import StoreClient
@@ -204,6 +206,29 @@ async def test_evicted_blocks_that_were_still_hoped_for_are_computed(two_nodes, 
         await conductor_knows(conductor)
 
 
+async def test_all_of_that_went_by_the_data_plane_and_none_by_grpc(two_nodes, asker):
+    prefix = Prefix.drawn(random.Random(SEED + 3), 4)
+    await asker.complete(prefix.prompt, NUM_TOKENS)
+    served = slow = 0.0
+    async with httpx.AsyncClient(trust_env=False, timeout=5.0) as http:
+        for node in two_nodes.nodes:
+            shown = (await http.get(f"http://{node.http_address}/metrics")).text
+            served += total(shown, "transport_bytes_total", direction="served", scheme="tcp")
+            slow += total(shown, "slow_path_bytes_total")
+    assert served >= len(prefix.keys) * BLOCK_NBYTES  # at the least, what was just published
+    assert slow == 0
+
+
+def total(text: str, thing: str, **labels: str) -> float:
+    """Sum of a node's metric over all samples with these labels."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == f"snowskin_node_{thing}" and labels.items() <= sample.labels.items()
+    )
+
+
 async def test_what_dies_costs_little_where_somebody_else_has_it(sensitive_model):
     """The node that is pulled from, where another holds the prefix; then the conductor, which is told all again.
 
@@ -212,7 +237,7 @@ async def test_what_dies_costs_little_where_somebody_else_has_it(sensitive_model
     chance = random.Random(SEED + 2)
     print(f"seed {SEED + 2}")
     async with (
-        exact_cluster(sensitive_model, nodes=2, prefill=1) as own,
+        exact_cluster(sensitive_model, nodes=2, prefill=1, transport="tcp") as own,
         asking(own.http_address) as asker,
     ):
         for _ in range(NUM_KILLS):
