@@ -19,6 +19,7 @@ from snowskin.kvstore.messages import (
     RenewRequest,
     ReserveRequest,
 )
+from snowskin.transport.addresses import Address
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import (
     GrantRefused,
@@ -30,6 +31,8 @@ from snowskin.transport.errors import (
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import region_of
 from snowskin.transport.runs import Run
+from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp_settings import TcpSettings
 from tests.support.served_node import served_node
 from tests.support.store_drivers import keys_of, namespace_of, noise
 
@@ -39,15 +42,46 @@ CANARY = 0xA5
 PULL_S = 5.0
 
 
+class Loopback:
+    """Both sides in one process, without a wire."""
+
+    def __init__(self):
+        self.network = LoopbackNetwork()
+
+    def owner(self):
+        return LoopbackTransport(self.network)
+
+    def reader(self):
+        return ClientTransports("loopback", factories={"loopback": self.owner})
+
+
+class Tcp:
+    """Both sides over loopback's TCP."""
+
+    def __init__(self):
+        self.port = 0
+
+    def owner(self):
+        """The same port in each life."""
+        transport = TcpTransport(TcpSettings(listen=(Address("127.0.0.1", self.port),)))
+        self.port = transport.reachability.addresses[0].port
+        return transport
+
+    def reader(self):
+        return ClientTransports("tcp")
+
+
+@pytest.fixture(params=[Loopback, Tcp], ids=["loopback", "tcp"])
+def wire(request):
+    return request.param()
+
+
 @asynccontextmanager
-async def node_and_client(network=None, **settings):
+async def node_and_client(wire, **settings):
     """A node with a data plane, and a client that uses it."""
-    network = network or LoopbackNetwork()
     settings = {"dram_nbytes": 8 << 20, **settings}
-    async with served_node(transports=[LoopbackTransport(network)], **settings) as node:
-        transports = ClientTransports(
-            "loopback", factories={"loopback": lambda: LoopbackTransport(network)}
-        )
+    async with served_node(transports=[wire.owner()], **settings) as node:
+        transports = wire.reader()
         node.shell.arenas[0].buffer[:] = CANARY
         try:
             async with await StoreClient.connect(
@@ -63,7 +97,8 @@ class Holder:
 
     def __init__(self, client):
         self.connection = client._connection
-        self.transport = self.connection._moves._transports.get("loopback")
+        (scheme,) = self.connection._moves._schemes
+        self.transport = self.connection._moves._transports.get(scheme)
         self.memory = region_of(noise(7, 64 * BLOCK))
 
     async def call(self, request, lease=None):
@@ -128,8 +163,8 @@ def place(reply):
     return run.extent.offset, run.extent.nbytes
 
 
-async def test_bytes_go_by_the_data_plane_and_not_by_grpc():
-    async with node_and_client() as (node, client):
+async def test_bytes_go_by_the_data_plane_and_not_by_grpc(wire):
+    async with node_and_client(wire) as (node, client):
         data = noise(1, 4 * BLOCK)
         where = range(0, data.nbytes, BLOCK)
         await client.publish(
@@ -148,8 +183,8 @@ async def test_bytes_go_by_the_data_plane_and_not_by_grpc():
         assert (moved.pulled_nbytes, moved.pushed_nbytes) == (data.nbytes, data.nbytes)
 
 
-async def test_a_lease_opens_its_own_extents_and_no_neighbours():
-    async with node_and_client() as (node, client):
+async def test_a_lease_opens_its_own_extents_and_no_neighbours(wire):
+    async with node_and_client(wire) as (node, client):
         holder = Holder(client)
         before, mine, behind = [await holder.reserve(seed, 2) for seed in (1, 2, 3)]
         offset, nbytes = place(mine)
@@ -169,8 +204,8 @@ async def test_a_lease_opens_its_own_extents_and_no_neighbours():
         assert (buffer[offset + nbytes :] == CANARY).all(), "a neighbour's bytes were written"
 
 
-async def test_a_match_opens_for_reading_only():
-    async with node_and_client() as (_, client):
+async def test_a_match_opens_for_reading_only(wire):
+    async with node_and_client(wire) as (_, client):
         holder = Holder(client)
         await holder.published(1, 2)
         matched = await holder.match(1, 2)
@@ -234,8 +269,8 @@ ENDINGS = (
 
 
 @pytest.mark.parametrize("ending", ENDINGS, ids=[ending.__name__ for ending in ENDINGS])
-async def test_what_ends_a_lease_ends_what_it_opened(ending):
-    async with node_and_client() as (node, client):
+async def test_what_ends_a_lease_ends_what_it_opened(wire, ending):
+    async with node_and_client(wire) as (node, client):
         holder = Holder(client)
         reply = await ending(node, holder)
         with pytest.raises(GrantRefused):
@@ -246,8 +281,8 @@ async def test_what_ends_a_lease_ends_what_it_opened(ending):
 
 
 @pytest.mark.parametrize("grace_s", [0.05, 60.0])
-async def test_a_lease_that_ran_out_serves_nothing_and_a_renewed_one_does(grace_s):
-    async with node_and_client(read_lease_s=0.2, grace_s=grace_s) as (node, client):
+async def test_a_lease_that_ran_out_serves_nothing_and_a_renewed_one_does(wire, grace_s):
+    async with node_and_client(wire, read_lease_s=0.2, grace_s=grace_s) as (node, client):
         holder = Holder(client)
         await holder.published(1, 1)
         kept, left = [await holder.match(1, 1) for _ in range(2)]
@@ -280,8 +315,8 @@ async def until_refused(move, meanwhile):
             await meanwhile()
 
 
-async def test_a_commit_of_a_part_ends_what_was_open_and_opens_the_rest():
-    async with node_and_client() as (_, client):
+async def test_a_commit_of_a_part_ends_what_was_open_and_opens_the_rest(wire):
+    async with node_and_client(wire) as (_, client):
         holder = Holder(client)
         reserved = await holder.reserve(1, 3)
         offset, nbytes = place(reserved)
@@ -300,8 +335,8 @@ async def test_a_commit_of_a_part_ends_what_was_open_and_opens_the_rest():
             holder.push(rest, offset + BLOCK, BLOCK)
 
 
-async def test_forged_words_open_nothing():
-    async with node_and_client() as (node, client):
+async def test_forged_words_open_nothing(wire):
+    async with node_and_client(wire) as (node, client):
         holder = Holder(client)
         await holder.published(1, 1)
         matched = await holder.match(1, 1)
@@ -316,9 +351,9 @@ async def test_forged_words_open_nothing():
         assert true.epoch == node.shell.state.epoch
 
 
-async def test_room_that_was_given_to_another_is_not_written_by_whom_it_was_taken_from():
+async def test_room_that_was_given_to_another_is_not_written_by_whom_it_was_taken_from(wire):
     """The next owner of the bytes asks in the very call that ends the lease of the first."""
-    async with node_and_client(dram_nbytes=1 << 20) as (node, client):
+    async with node_and_client(wire, dram_nbytes=1 << 20) as (node, client):
         holder = Holder(client)
         num_blocks = (1 << 20) // BLOCK
         first = await holder.reserve(1, num_blocks)
@@ -335,8 +370,8 @@ async def test_room_that_was_given_to_another_is_not_written_by_whom_it_was_take
         holder.push(second.lease, place(second)[0], BLOCK)
 
 
-async def test_a_client_without_schemes_gets_no_regions_and_goes_the_slow_path():
-    async with node_and_client() as (node, _):
+async def test_a_client_without_schemes_gets_no_regions_and_goes_the_slow_path(wire):
+    async with node_and_client(wire) as (node, _):
         transports = ClientTransports("grpc")
         async with await StoreClient.connect(
             node.address, client_name="slow", transports=transports
@@ -382,13 +417,12 @@ async def test_by_shared_memory_only_an_address_moves_no_bytes():
         assert node.service.written_nbytes == 0
 
 
-async def test_a_node_that_started_anew_refuses_the_grants_of_its_former_life():
-    network = LoopbackNetwork()
-    async with node_and_client(network) as (_, client):
+async def test_a_node_that_started_anew_refuses_the_grants_of_its_former_life(wire):
+    async with node_and_client(wire) as (_, client):
         holder = Holder(client)
         await holder.published(1, 1)
         before = await holder.match(1, 1)
-    async with node_and_client(network) as (_, client):
+    async with node_and_client(wire) as (_, client):
         holder = Holder(client)
         await holder.published(1, 1)
         after = await holder.match(1, 1)
