@@ -17,6 +17,7 @@ from snowskin.tools.kvctl.match import match
 from snowskin.tools.kvctl.nodes import nodes
 from snowskin.tools.kvctl.output import KvctlSettings
 from snowskin.tools.kvctl.status import status
+from snowskin.tools.kvctl.transports import transports
 from snowskin.tools.version import version_option
 
 EPILOG = """
@@ -29,6 +30,7 @@ Examples:
   SNOWSKIN_CONDUCTOR=127.0.0.1:7000 kvctl match --file prompt.txt
   kvctl blocks ls --leased --limit 20
   kvctl leases ls --client prefill-0
+  kvctl transports --node 127.0.0.1:7101
   kvctl evict --all --node 127.0.0.1:7101
 """
 
@@ -49,6 +51,7 @@ cli.add_command(blocks)
 cli.add_command(leases)
 cli.add_command(evict)
 cli.add_command(drain)
+cli.add_command(transports)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         LeaseInfo,
         LeaseKind,
         ShownBlock,
+        TransportsReport,
     )
 
 MAX_PAGE_SIZE = 1000
@@ -99,6 +100,11 @@ class NodeAdminClient(Asker):
             return found.leases, found.next_page_token
 
         return await _pages(page, limit)
+
+    async def transports(self) -> TransportsReport:
+        """How the node's memory can be reached; raises as `list_blocks`."""
+        answer = await self._ask(self._stub.ListTransports, admin_pb2.ListTransportsRequest())
+        return admin_wire.transports_from(answer)
 
     async def revoke_lease(self, lease_id: int) -> LeaseInfo:
         """Ends a lease; LeaseUnknown where there is none; raises as `list_blocks`."""
