@@ -30,6 +30,7 @@ from snowskin.transport.frames import (
     encode,
 )
 from snowskin.transport.grants import GrantedRanges, Range
+from tests.fuzz import conversations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,11 +121,14 @@ def grants(data: bytes) -> None:
         assert held.contain(at, n) == (n > 0 and may.issuperset(range(at, at + n)))
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], object]] = {
     "descriptor": descriptor,
     "addresses": addresses,
     "frames": frames,
     "grants": grants,
+    "owner": conversations.owner,
+    "reader_pulls": conversations.reader_pulls,
+    "reader_pushes": conversations.reader_pushes,
 }
 
 ASK = Ask(
@@ -138,6 +142,10 @@ ASK = Ask(
     wants_done=True,
     note=b"",
     ranges=(Range(0, 4096), Range(8192, 1)),
+)
+PULL = ASK._replace(capability=conversations.CAPABILITIES[0], ranges=conversations.GRANTED)
+PUSH = PULL._replace(
+    capability=conversations.CAPABILITIES[1], is_push=True, note=b"note", ranges=(Range(70, 110),)
 )
 FRAMES: list[Frame] = [
     Hello(min_version=1, max_version=1, heartbeat_ms=1000, name="reader"),
@@ -172,5 +180,21 @@ SEEDS: dict[str, list[bytes]] = {
         b"\xff" + b"".join(map(encode, FRAMES)),
         b"\x05" + encode(Data(op=1, nbytes=20)) + bytes(20) + encode(Clear(op=1)),
     ],
+    "owner": [
+        bytes([parts]) + conversations.HELLO + asked
+        for parts in (3, 15, 0x25)
+        for asked in (
+            encode(PULL) + encode(Done(op=1, note=b"note")) + encode(Ping(op=2)),
+            encode(PULL._replace(wants_done=False)) + encode(PULL._replace(op=2)),
+            encode(PULL._replace(epoch=6)) + encode(PULL._replace(ranges=(Range(63, 2),))),
+            encode(PUSH) + encode(Data(op=1, nbytes=60)) + bytes(60) + encode(Data(op=1, nbytes=2)),
+            encode(PUSH)
+            + encode(Data(op=1, nbytes=64))
+            + bytes(64)
+            + encode(Data(op=1, nbytes=46)),
+        )
+    ],
+    "reader_pulls": conversations.READER_SEEDS,
+    "reader_pushes": conversations.READER_SEEDS,
     "grants": [bytes([0, 0, 64, 64, 64, 10, 20]), bytes([1, 0, 10, 10, 10, 5, 10])],
 }

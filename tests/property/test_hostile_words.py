@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from tests.fuzz import conversations
 from tests.fuzz.targets import SEEDS, TARGETS
 
 ALL = sorted(TARGETS)
@@ -31,3 +34,15 @@ def test_any_bytes_are_refused_or_understood(target, data):
 def test_what_the_fuzzer_begins_with_is_understood(target):
     for seed in SEEDS[target]:
         TARGETS[target](seed)
+
+
+def test_the_fuzzer_begins_with_conversations_that_go_through_to_the_end():
+    counts = sum((conversations.owner(seed) for seed in SEEDS["owner"]), Counter())
+    assert {"served", "failed", "GRANT_REFUSED", "OUT_OF_BOUNDS", "BAD_FRAME"} <= counts.keys()
+    outcomes = {conversations.reader_pulls(seed) for seed in SEEDS["reader_pulls"]}
+    assert (
+        {"", "GRANT_REFUSED", "BAD_FRAME", "PEER_LOST"}
+        >= outcomes
+        >= {"", "GRANT_REFUSED", "BAD_FRAME"}
+    )
+    assert "" in {conversations.reader_pushes(seed) for seed in SEEDS["reader_pushes"]}

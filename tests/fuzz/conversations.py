@@ -1,0 +1,241 @@
+"""Whole conversations with our `tcp` ends, without a network: a peer's bytes in, and what must hold whatever they are.
+
+Rules kept here: a canary is a byte that was not granted, or not asked for: none is ever said, none is ever overwritten;
+nothing but the errors of the transport comes out; each conversation ends.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from snowskin.transport.api import PIECE_NBYTES, RegionDescriptor, Run, TrafficClass
+from snowskin.transport.errors import TransportError
+from snowskin.transport.frames import Clear, Data, Done, Fail, Hello, Kind, Pong, Welcome, encode
+from snowskin.transport.grants import GrantTable, Range
+from snowskin.transport.memory import region_of
+from snowskin.transport.ordered import AttachedRegion, Order
+from snowskin.transport.paths import Path
+from snowskin.transport.tcp_connection import Connection
+from snowskin.transport.tcp_reader import Job, pull, push
+from snowskin.transport.tcp_serving import Phase, ServedConnection
+from snowskin.transport.tcp_settings import TcpSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NBYTES = 1024
+GRANTED = (Range(64, 256), Range(512, 100))
+CAPABILITIES = (b"r" * 16, b"w" * 16)  # for reading; for writing too
+CANARY, PLAIN = 0xC5, 0x11
+CHUNK_NBYTES = 64
+WANTED = (Run(64, 128, 100), Run(512, 700, 50))  # what the reader asks for, and where it lands
+TURNS = 10_000
+
+
+class Ledger:
+    """Counts as a transport does."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def count_served(self, nbytes: int) -> None:
+        self.counts["served"] += 1
+
+    def count_served_failed(self) -> None:
+        self.counts["failed"] += 1
+
+    def count_refused(self, reason: str) -> None:
+        self.counts[reason] += 1
+
+
+def granted_memory() -> tuple[np.ndarray, np.ndarray]:
+    """Memory with canaries where nothing is granted, and where those are."""
+    is_canary = np.ones(NBYTES, dtype=bool)
+    for offset, nbytes in GRANTED:
+        is_canary[offset : offset + nbytes] = False
+    memory = np.where(is_canary, CANARY, PLAIN).astype(np.uint8)
+    return memory, is_canary
+
+
+def owner(data: bytes) -> Counter[str]:
+    """A reader says these bytes to an owner; the first one says in what parts, and after which of them time passes.
+
+    What the owner counted, for those who look at a single conversation.
+    """
+    first, stream = (data[0] if data else 0), data[1:]
+    part_nbytes, waits_at = (first & 15) * 7 + 1, first >> 4
+    memory, is_canary = granted_memory()
+    region, grants, ledger = region_of(memory), GrantTable(), Ledger()
+    for capability in CAPABILITIES:
+        described = RegionDescriptor(
+            scheme="tcp",
+            capability=capability,
+            nbytes=NBYTES,
+            epoch=7,
+            generation=3,
+            writable=capability == CAPABILITIES[1],
+        )
+        grants.add(described, region, GRANTED, now_s=0.0)
+    settings = TcpSettings(chunk_nbytes=CHUNK_NBYTES)
+    served = ServedConnection(grants, settings, ledger, peer="fuzz", now_s=0.0)
+    said, num_asked = serve(served, stream, part_nbytes=part_nbytes, waits_at=waits_at)
+    assert (memory[is_canary] == CANARY).all(), "written where nothing was granted"
+    assert served.phase is Phase.OVER, f"it never ends: {served.phase}"
+    assert served.transfer is None, "a transfer is left"
+    payload = payload_of(said)
+    assert CANARY not in payload or (memory != np.where(is_canary, CANARY, PLAIN)).any(), "given"
+    assert ledger.counts["served"] + ledger.counts["failed"] <= num_asked
+    region.close()
+    return ledger.counts
+
+
+def serve(
+    served: ServedConnection, stream: bytes, *, part_nbytes: int, waits_at: int
+) -> tuple[bytes, int]:
+    """Drives a connection as its loop does: bytes go to it while it listens, payload to memory; what it said."""
+    said, position, now_s, num_asked = bytearray(), 0, 0.0, 0
+    for turn in range(TURNS):
+        now_s += 10.0 if turn == waits_at and waits_at else 1e-4
+        if served.due_at_s() <= now_s:
+            served.on_due(now_s)
+        said += served.out
+        served.out.clear()
+        served.news.clear()
+        if served.phase in (Phase.OVER, Phase.LEAVING):
+            break
+        transfer = served.transfer
+        if served.phase is Phase.SENDING:
+            assert transfer is not None
+            parts = transfer.outgoing(transfer.grant.region.view)
+            sent = b"".join(parts)[: part_nbytes + 20]  # as much as the stream takes
+            said += sent
+            served.sent(len(sent), now_s)
+            continue
+        part = stream[position : position + part_nbytes]
+        if not part:
+            served.lose(now_s)
+        elif served.phase is Phase.RECEIVING:
+            assert transfer is not None
+            for view in transfer.incoming(transfer.grant.region.view):
+                taken = min(len(view), len(part))
+                view[:taken] = part[:taken]
+                part = part[taken:]
+            nbytes = min(part_nbytes, len(stream) - position) - len(part)
+            position += nbytes
+            served.landed(nbytes, now_s)
+        else:
+            position += len(part)
+            served.receive(memoryview(part), now_s)
+            num_asked += 1
+    if served.phase is Phase.LEAVING:
+        served.lose(now_s)
+    return bytes(said), num_asked
+
+
+def payload_of(said: bytes) -> bytes:
+    """The payload of all whole DATA that an owner said."""
+    payload, position = bytearray(), 0
+    while position + 16 <= len(said):
+        kind = said[position]
+        assert kind in (Kind.WELCOME, Kind.CLEAR, Kind.DATA, Kind.DONE, Kind.FAIL, Kind.PONG), kind
+        nbytes = int.from_bytes(said[position + 8 : position + 16])
+        position += 16
+        if kind == Kind.DATA:
+            payload += said[position : position + nbytes]
+        position += nbytes
+    return bytes(payload)
+
+
+def reader_pulls(data: bytes) -> str:
+    """An owner says these bytes to a reader that pulls."""
+    return converse(data, is_pull=True)
+
+
+def reader_pushes(data: bytes) -> str:
+    """An owner says these bytes to a reader that pushes."""
+    return converse(data, is_pull=False)
+
+
+def converse(data: bytes, *, is_pull: bool) -> str:
+    """A transfer with an owner that has said everything before it was asked, and then ended; the error, if one came."""
+    outcome = ""
+    memory = np.full(NBYTES, CANARY, dtype=np.uint8)
+    near, far = socket.socketpair()
+    connection = Connection(near, peer="fuzz", path=Path(name="fuzz", remote_address="fuzz:1"))
+    region = region_of(memory)
+    try:
+        far.sendall(data[: 64 * 1024])
+        far.shutdown(socket.SHUT_WR)
+        connection.set_mood(polling=True)
+        exhaust(connection.greet(TcpSettings()))
+        job = Job(order_of(region, is_pull=is_pull), WANTED)
+        exhaust((pull if is_pull else push)(connection, job, WANTED))
+    except TransportError as error:
+        outcome = error.reason
+    finally:
+        connection.close()
+        far.close()
+        region.close()
+    asked_for = np.zeros(NBYTES, dtype=bool)
+    for _, offset, nbytes in WANTED if is_pull else ():
+        asked_for[offset : offset + nbytes] = True
+    assert (memory[~asked_for] == CANARY).all(), "landed where nobody asked for it"
+    return outcome
+
+
+def exhaust(steps: Iterator[None]) -> None:
+    """Goes on until it ends: everything that will come is there, so that it waits for nothing."""
+    for turn, _ in enumerate(steps):
+        assert turn < TURNS, "it waits for ever"
+
+
+def order_of(region, *, is_pull: bool) -> Order:
+    descriptor = RegionDescriptor(
+        scheme="tcp", capability=CAPABILITIES[1], nbytes=NBYTES, writable=True
+    )
+    remote = AttachedRegion(
+        descriptor,
+        peer="fuzz",
+        writable=True,
+        expires_at_s=float("inf"),
+        forget=lambda _region: None,
+    )
+    return Order(
+        remote,
+        region,
+        WANTED,
+        is_pull,
+        time.monotonic() + 60.0,
+        PIECE_NBYTES,
+        None,
+        TrafficClass.DECODE_CRITICAL,
+        b"note",
+        None,
+    )
+
+
+HELLO = encode(Hello(min_version=1, max_version=1, heartbeat_ms=1000, name="fuzz"))
+WELCOME = encode(
+    Welcome(
+        version=1,
+        epoch=7,
+        max_ranges=4096,
+        max_data_nbytes=1 << 20,
+        idle_timeout_ms=5000,
+        ack_timeout_ms=3000,
+    )
+)
+ANSWERS = {
+    "whole": encode(Data(op=1, nbytes=150)) + bytes(150),
+    "in two": encode(Data(op=1, nbytes=90)) + bytes(90) + encode(Data(op=1, nbytes=60)) + bytes(60),
+    "refused": encode(Fail(op=1, reason="GRANT_REFUSED", retry_after_ms=5, message="no")),
+    "broken": encode(Fail(op=0, reason="BAD_FRAME", retry_after_ms=0, message="no")),
+    "pushed": encode(Clear(op=1)) + encode(Done(op=1, note=b"")),
+    "pong": encode(Pong(op=1)),
+}
+READER_SEEDS = [WELCOME + answer for answer in ANSWERS.values()]
