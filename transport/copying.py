@@ -15,8 +15,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from snowskin.transport.errors import TransportClosed, TransportUnavailable
-from snowskin.transport.memory import MemoryRegion, Population
+from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
+from snowskin.transport.pages import Population
 from snowskin.transport.runs import joined, pieces
 
 if TYPE_CHECKING:

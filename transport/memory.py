@@ -10,10 +10,6 @@ finish closing, so a piece must be short (≤ 1 MiB of memcpy) and must not wait
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import mmap
 import os
 import threading
 from dataclasses import dataclass
@@ -23,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from snowskin.transport.errors import (
-    BadDescriptor,
     LandingQuarantined,
     TransportClosed,
     TransportError,
     TransportUnavailable,
 )
+from snowskin.transport.mapping import map_memfd
 from snowskin.transport.memory_kind import MemoryKind, cuda_memory, is_tensor, tensor_kind
 
 if TYPE_CHECKING:
@@ -37,11 +33,6 @@ if TYPE_CHECKING:
 
 Bytes = npt.NDArray[np.uint8]
 LandingRange = tuple[int, int]  # offset, nbytes
-
-_PAGE_NBYTES = mmap.PAGESIZE
-_POPULATE_SLICE_NBYTES = 64 << 20  # a closing region waits for at most this much
-_MADV_POPULATE_READ = 22
-_MADV_POPULATE_WRITE = 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,7 +281,7 @@ def region_of(memory: object, *, writable: bool = True) -> MemoryRegion:
     if isinstance(memory, Memfd):
         nbytes = os.fstat(memory.fd).st_size
         mapped = map_memfd(memory.fd, nbytes, writable=writable)
-        return MemoryRegion(_flat(mapped), mapped, writable=writable, shared=True)
+        return MemoryRegion(mapped.array(), mapped, writable=writable, shared=True)
     cuda = cuda_memory(memory)
     if cuda is not None:
         return MemoryRegion.on_device(
@@ -305,77 +296,6 @@ def region_of(memory: object, *, writable: bool = True) -> MemoryRegion:
     return MemoryRegion(
         buffer, memory, writable=writable and buffer.flags.writeable, shared=False, kind=kind
     )
-
-
-def map_memfd(fd: int, nbytes: int, *, writable: bool) -> mmap.mmap:
-    """Maps a memfd, which must be of exactly `nbytes` and must not be able to shrink.
-
-    The mapping holds a descriptor of its own. A peer that could shrink the file could kill this
-    process (SIGBUS), hence the seal.
-    """
-    actual_nbytes = os.fstat(fd).st_size
-    if actual_nbytes != nbytes or nbytes < 1:
-        raise BadDescriptor(f"the memfd has {actual_nbytes} bytes, {nbytes} were described")
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        seals = 0
-    if not seals & fcntl.F_SEAL_SHRINK:
-        raise BadDescriptor(
-            f"descriptor {fd} is not a memfd sealed against shrinking",
-            hint="make pools with Arena, or add F_SEAL_SHRINK before sharing",
-        )
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    try:
-        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
-    except OSError as error:
-        raise TransportError(
-            f"mapping {nbytes} bytes {'for writing' if writable else 'for reading'} failed: {error}"
-        ) from error
-
-
-class Population:
-    """Faults the pages of `buffer` in, in a thread, so that the first copy does not pay for it."""
-
-    def __init__(self, buffer: Bytes, *, writable: bool) -> None:
-        """Starts at once."""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(buffer, writable), name="snowskin-populate", daemon=True
-        )
-        self._thread.start()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether all pages are in, after at most `timeout_s`."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def stop(self) -> None:
-        """Stops within one slice and waits for that; idempotent."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self, buffer: Bytes, writable: bool) -> None:
-        for start in range(0, buffer.nbytes, _POPULATE_SLICE_NBYTES):
-            if self._stop.is_set():
-                return
-            populate(buffer[start : start + _POPULATE_SLICE_NBYTES], writable=writable)
-
-
-def populate(buffer: Bytes, *, writable: bool) -> None:
-    """Faults all pages of `buffer` in, without the GIL; does nothing where the kernel cannot.
-
-    ctypes and not `mmap.madvise`, which holds the GIL for as long as it takes (256 MiB: 150 ms).
-    """
-    start = buffer.ctypes.data
-    skip = -start % _PAGE_NBYTES
-    nbytes = buffer.nbytes - skip
-    if nbytes > 0:
-        advice = _MADV_POPULATE_WRITE if writable else _MADV_POPULATE_READ
-        with contextlib.suppress(AttributeError):  # a libc without madvise
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(start + skip), ctypes.c_size_t(nbytes), ctypes.c_int(advice)
-            )
 
 
 def _tensor_bytes(tensor: object) -> Bytes:

@@ -14,11 +14,10 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from snowskin.transport.copying import AttachedMemory, CopyingTransport
 from snowskin.transport.errors import BadDescriptor, TransportUnavailable
-from snowskin.transport.memory import MemoryRegion, map_memfd
+from snowskin.transport.mapping import Mappings
+from snowskin.transport.memory import MemoryRegion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ class ShmTransport(CopyingTransport):
     def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
         """Opens the transport; holds nothing until something is attached."""
         super().__init__(now_s=now_s)
+        self._mappings = Mappings()
 
     def describe(
         self,
@@ -82,9 +82,8 @@ class ShmTransport(CopyingTransport):
                 "shm attaches a memfd, and none came with the descriptor",
                 hint="ask the owner over the local door, which passes descriptors",
             )
-        mapped = map_memfd(fd, descriptor.nbytes, writable=writable)
-        buffer = np.frombuffer(mapped, dtype=np.uint8)
-        memory = MemoryRegion(buffer, mapped, writable=writable, shared=True)
+        mapping = self._mappings.map(fd, descriptor.nbytes, writable=writable)
+        memory = MemoryRegion(mapping.array(), mapping, writable=writable, shared=True)
         return self.keep_attached(
             descriptor, memory, peer="this host", asked_at_s=asked_at_s, populate=populate
         )

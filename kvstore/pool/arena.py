@@ -3,7 +3,11 @@
 Rules kept here: one arena belongs to one tenant; it has no name that could be guessed or left
 behind, only descriptors; its pages exist before anybody maps it (so that "no memory" is an error at
 the start and not a SIGBUS in a reader) and it can neither shrink nor grow; readers get a descriptor
-with which they cannot write.
+with which they cannot write. Huge pages that were demanded are there, or there is no arena.
+
+Huge pages come from those that the operator set aside (hugetlb), else from the kernel's joining of
+small ones, which needs no setting (Linux 6.1). A file on a tmpfs mounted with huge=always cannot be
+sealed, so that way is not offered.
 
 A memfd opened anew through /proc is a descriptor of its own with the rights asked for. The same
 user could open it for writing in the same way: between tenants, arenas are not shared at all.
@@ -17,20 +21,31 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
 import psutil
 
 from snowskin.kvstore.errors import BadSetting, PoolExhausted
 from snowskin.transport.errors import TransportClosed
-from snowskin.transport.memory import Population
+from snowskin.transport.mapping import ALIGN_NBYTES, Mapping
+from snowskin.transport.pages import (
+    PageUse,
+    Population,
+    collapse,
+    free_hugetlb_nbytes,
+    keep_small,
+    page_use,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from snowskin.transport.memory import Bytes
 
+HugePages = Literal["auto", "never", "always"]
+
+_HUGE_NBYTES = ALIGN_NBYTES
+_MFD_HUGE_2MB = 21 << 26  # MFD_HUGE_2MB, which Python does not name everywhere
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _CGROUP = Path("/sys/fs/cgroup")  # as a container sees its own group
 _NO_MEMORY = (errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
@@ -45,38 +60,46 @@ class Arena:
         tenant: whose bytes lie here.
     """
 
-    def __init__(self, nbytes: int, *, name: str, tenant: str, populate: bool = False) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        name: str,
+        tenant: str,
+        populate: bool = False,
+        huge_pages: HugePages = "auto",
+    ) -> None:
         """Takes the memory at once.
 
         Args:
-            nbytes: rounded up to whole pages.
+            nbytes: rounded up to whole pages; to whole huge pages where those are demanded.
             name: what /proc shows.
             tenant: the only tenant whose blocks may lie here.
             populate: fault the pages in, in a thread (`populated` waits for it).
+            huge_pages: `auto` takes them where they can be had, `always` takes nothing else.
 
         Raises:
-            BadSetting: less than one byte, or more than the machine could ever hold.
+            BadSetting: less than one byte, more than the machine could ever hold, or huge pages
+                demanded that cannot be had.
             PoolExhausted: the memory is not there now.
         """
         if nbytes < 1:
             raise BadSetting(f"arena {name} of {nbytes} bytes", hint="give it at least one page")
-        self.nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        page_nbytes = _HUGE_NBYTES if huge_pages == "always" else mmap.PAGESIZE
+        self.nbytes = -(-nbytes // page_nbytes) * page_nbytes
         self.name = name
         self.tenant = tenant
         self._population: Population | None = None
-        self._fd: int | None = os.memfd_create(
-            f"snowskin-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        )
+        self._fd: int | None = _take_memfd(name, self.nbytes, huge_pages)
         try:
-            _take_pages(self._fd, self.nbytes, name)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._map: mmap.mmap | None = mmap.mmap(self._fd, self.nbytes, mmap.MAP_SHARED)
+            self._mapping: Mapping | None = Mapping(self._fd, self.nbytes, writable=True)
+            self._settle_pages(self._mapping, huge_pages)
         except BaseException:
+            self._mapping = None
             os.close(self._fd)
             raise
-        with contextlib.suppress(OSError):  # a wish: many kernels have it off for shared memory
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._buffer: Bytes | None = np.frombuffer(self._map, dtype=np.uint8)
+        self._buffer: Bytes | None = self._mapping.array()
         if populate:
             self._population = Population(self._buffer, writable=True)
 
@@ -104,6 +127,10 @@ class Arena:
         """Whether `populate` has finished, after at most `timeout_s`; True if it was not asked."""
         return self._population is None or self._population.wait(timeout_s)
 
+    def page_use(self) -> PageUse | None:
+        """What pages it lies on now; None where the kernel does not say. Costs about 1 ms."""
+        return None if self._mapping is None else page_use(self._mapping.address)
+
     def close(self) -> None:
         """Gives the memory back, as soon as no other descriptor or mapping of it is left."""
         if self._fd is None:
@@ -112,12 +139,7 @@ class Arena:
             self._population.stop()
         fd, self._fd = self._fd, None
         os.close(fd)
-        self._buffer = None
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            # Somebody may still hold `buffer`: then the mapping goes with the last such view.
-            with contextlib.suppress(BufferError):
-                mapped.close()
+        self._buffer = self._mapping = None  # the mapping goes with the last view of `buffer`
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +151,23 @@ class Arena:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _settle_pages(self, mapping: Mapping, huge_pages: HugePages) -> None:
+        """Small pages, huge ones, or those that can be had."""
+        if huge_pages == "never":
+            keep_small(mapping.address, mapping.nbytes)
+            return
+        reason = ""
+        whole_nbytes = mapping.nbytes // _HUGE_NBYTES * _HUGE_NBYTES
+        if whole_nbytes:
+            use = page_use(mapping.address)
+            if use is None or not use.is_hugetlb:
+                reason = collapse(mapping.address, whole_nbytes)
+        if huge_pages == "always" and reason:
+            raise BadSetting(
+                f"arena {self.name}: huge pages for {self.nbytes} bytes cannot be had: {reason}",
+                hint=f"set {self.nbytes // _HUGE_NBYTES} aside (vm.nr_hugepages), or huge_pages = auto",
+            )
 
     def _open_fd(self) -> int:
         if self._fd is None:
@@ -144,6 +183,29 @@ def available_nbytes() -> int:
         used_nbytes = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
         available = min(available, max(limit_nbytes - used_nbytes, 0))
     return available
+
+
+def _take_memfd(name: str, nbytes: int, huge_pages: HugePages) -> int:
+    """A memfd whose pages exist; of hugetlb where that is wanted and enough are set aside."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if (
+        huge_pages != "never"
+        and nbytes % _HUGE_NBYTES == 0
+        and free_hugetlb_nbytes(_HUGE_NBYTES) >= nbytes
+    ):
+        fd = os.memfd_create(f"snowskin-{name}", flags | os.MFD_HUGETLB | _MFD_HUGE_2MB)
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            return fd
+        except OSError:  # another process was faster: there are other huge pages
+            os.close(fd)
+    fd = os.memfd_create(f"snowskin-{name}", flags)
+    try:
+        _take_pages(fd, nbytes, name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _take_pages(fd: int, nbytes: int, name: str) -> None:

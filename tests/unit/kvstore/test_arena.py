@@ -14,11 +14,14 @@ from snowskin.kvstore.errors import BadSetting, PoolExhausted
 from snowskin.kvstore.pool import arena as arena_module
 from snowskin.kvstore.pool.arena import Arena, available_nbytes
 from snowskin.transport.errors import TransportClosed
+from snowskin.transport.mapping import ALIGN_NBYTES, map_memfd
+from snowskin.transport.pages import page_use
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PAGE = mmap.PAGESIZE
+HUGE = ALIGN_NBYTES
 
 
 def num_descriptors() -> int:
@@ -117,3 +120,55 @@ def test_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_empty_arena_is_refused() -> None:
     with pytest.raises(BadSetting, match="0 bytes"):
         Arena(0, name="a", tenant="t")
+
+
+def test_huge_pages_that_were_demanded_are_there() -> None:
+    try:
+        arena = Arena(HUGE + 1, name="huge", tenant="t", huge_pages="always")
+    except BadSetting as error:
+        pytest.skip(f"an old kernel, or no free memory in one piece: {error}")
+    with arena:
+        arena.buffer[:] = 1
+        use = arena.page_use()
+        assert use is not None
+        assert (arena.nbytes, use.huge_nbytes, use.resident_nbytes) == (2 * HUGE,) * 3
+        fd = arena.open_read_only()
+        mapping = map_memfd(fd, arena.nbytes, writable=False)
+        assert mapping.array().all()
+        reader_use = page_use(mapping.address)
+        assert reader_use is not None
+        assert reader_use.huge_nbytes == 2 * HUGE, "a reader gets them too"
+        os.close(fd)
+    assert arena.page_use() is None
+
+
+def test_huge_pages_that_were_demanded_and_cannot_be_had_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = num_descriptors()
+    monkeypatch.setattr(arena_module, "free_hugetlb_nbytes", lambda page_nbytes: 0)
+    monkeypatch.setattr(arena_module, "collapse", lambda address, nbytes: "Invalid argument")
+    with pytest.raises(BadSetting, match=r"Invalid argument.*set 2 aside"):
+        Arena(2 * HUGE, name="huge", tenant="t", huge_pages="always")
+    assert (num_descriptors(), num_mappings("huge")) == (before, 0)
+    with Arena(2 * HUGE, name="huge", tenant="t") as arena:
+        use = arena.page_use()
+        assert use is not None
+        assert use.huge_nbytes == 0
+        assert str(use) == f"pages of {PAGE >> 10} KiB"
+
+
+def test_huge_pages_set_aside_that_another_took_are_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arena_module, "free_hugetlb_nbytes", lambda page_nbytes: 1 << 60)
+    with Arena(2 * HUGE, name="huge", tenant="t", huge_pages="auto") as arena:
+        arena.buffer[:] = 1
+
+
+def test_no_huge_pages_where_none_are_wanted() -> None:
+    with Arena(2 * HUGE, name="small", tenant="t", huge_pages="never") as arena:
+        arena.buffer[:] = 1
+        use = arena.page_use()
+        assert use is not None
+        assert (use.huge_nbytes, use.resident_nbytes) == (0, 2 * HUGE)

@@ -19,7 +19,9 @@ from snowskin.transport.errors import (
     TransportError,
     TransportUnavailable,
 )
-from snowskin.transport.memory import Memfd, Population, map_memfd, populate, region_of
+from snowskin.transport.mapping import map_memfd
+from snowskin.transport.memory import Memfd, region_of
+from snowskin.transport.pages import Population, populate
 from snowskin.transport.registry import TRANSPORTS, open_transport
 from snowskin.transport.shm import ShmTransport
 from snowskin.transport.ucp.binding import why_unavailable
@@ -122,7 +124,7 @@ def test_read_only_descriptor_cannot_be_mapped_for_writing(memfd: int) -> None:
     try:
         with pytest.raises(TransportError, match="for writing"):
             map_memfd(reader, 2 * PAGE, writable=True)
-        map_memfd(reader, 2 * PAGE, writable=False).close()
+        assert not map_memfd(reader, 2 * PAGE, writable=False).array().flags.writeable
     finally:
         os.close(reader)
 
