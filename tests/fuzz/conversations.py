@@ -15,7 +15,18 @@ import numpy as np
 
 from snowskin.transport.api import PIECE_NBYTES, RegionDescriptor, Run, TrafficClass
 from snowskin.transport.errors import TransportError
-from snowskin.transport.frames import Clear, Data, Done, Fail, Hello, Kind, Pong, Welcome, encode
+from snowskin.transport.frames import (
+    HEAD_NBYTES,
+    Clear,
+    Data,
+    Done,
+    Fail,
+    Hello,
+    Kind,
+    Pong,
+    Welcome,
+    encode,
+)
 from snowskin.transport.grants import GrantTable, Range
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import AttachedRegion, Order
@@ -34,6 +45,7 @@ CAPABILITIES = (b"r" * 16, b"w" * 16)  # for reading; for writing too
 CANARY, PLAIN = 0xC5, 0x11
 CHUNK_NBYTES = 64
 WANTED = (Run(64, 128, 100), Run(512, 700, 50))  # what the reader asks for, and where it lands
+TAKEN_NBYTES = 50  # by the stream at once, of what an owner sends
 TURNS = 10_000
 
 
@@ -68,7 +80,7 @@ def owner(data: bytes) -> Counter[str]:
     What the owner counted, for those who look at a single conversation.
     """
     first, stream = (data[0] if data else 0), data[1:]
-    part_nbytes, waits_at = (first & 15) * 7 + 1, first >> 4
+    part_nbytes, waits_at, is_rude = (first & 15) * 7 + 1, first >> 4 & 7, bool(first & 0x80)
     memory, is_canary = granted_memory()
     region, grants, ledger = region_of(memory), GrantTable(), Ledger()
     for capability in CAPABILITIES:
@@ -83,22 +95,34 @@ def owner(data: bytes) -> Counter[str]:
         grants.add(described, region, GRANTED, now_s=0.0)
     settings = TcpSettings(chunk_nbytes=CHUNK_NBYTES)
     served = ServedConnection(grants, settings, ledger, peer="fuzz", now_s=0.0)
-    said, num_asked = serve(served, stream, part_nbytes=part_nbytes, waits_at=waits_at)
+    parts = list(parts_of(stream, part_nbytes, is_rude=is_rude))
+    said, num_heard = serve(served, parts, waits_at=waits_at)
     assert (memory[is_canary] == CANARY).all(), "written where nothing was granted"
     assert served.phase is Phase.OVER, f"it never ends: {served.phase}"
     assert served.transfer is None, "a transfer is left"
     payload = payload_of(said)
     assert CANARY not in payload or (memory != np.where(is_canary, CANARY, PLAIN)).any(), "given"
-    assert ledger.counts["served"] + ledger.counts["failed"] <= num_asked
+    assert ledger.counts["served"] + ledger.counts["failed"] <= num_heard
     region.close()
     return ledger.counts
 
 
-def serve(
-    served: ServedConnection, stream: bytes, *, part_nbytes: int, waits_at: int
-) -> tuple[bytes, int]:
-    """Drives a connection as its loop does: bytes go to it while it listens, payload to memory; what it said."""
-    said, position, now_s, num_asked = bytearray(), 0, 0.0, 0
+def parts_of(stream: bytes, part_nbytes: int, *, is_rude: bool) -> Iterator[bytes]:
+    """What comes at once: at most so much, and, unless it is rude, never more than one frame."""
+    position, frame_end = 0, 0
+    while position < len(stream):
+        if position >= frame_end:
+            head = stream[position : position + HEAD_NBYTES]
+            frame_end = position + HEAD_NBYTES + int.from_bytes(head[8:16])
+        end = min(position + part_nbytes, len(stream) if is_rude else frame_end)
+        yield stream[position:end]
+        position = end
+
+
+def serve(served: ServedConnection, parts: list[bytes], *, waits_at: int) -> tuple[bytes, int]:
+    """Drives a connection as its loop does: bytes to it while it listens, payload to memory; what it said."""
+    said, now_s, num_heard, come = bytearray(), 0.0, 0, b""
+    parts.reverse()
     for turn in range(TURNS):
         now_s += 10.0 if turn == waits_at and waits_at else 1e-4
         if served.due_at_s() <= now_s:
@@ -111,40 +135,38 @@ def serve(
         transfer = served.transfer
         if served.phase is Phase.SENDING:
             assert transfer is not None
-            parts = transfer.outgoing(transfer.grant.region.view)
-            sent = b"".join(parts)[: part_nbytes + 20]  # as much as the stream takes
+            sent = b"".join(transfer.outgoing(transfer.grant.region.view))[:TAKEN_NBYTES]
             said += sent
             served.sent(len(sent), now_s)
             continue
-        part = stream[position : position + part_nbytes]
-        if not part:
+        come = come or (parts.pop() if parts else b"")
+        if not come:
             served.lose(now_s)
         elif served.phase is Phase.RECEIVING:
             assert transfer is not None
+            num_left = len(come)
             for view in transfer.incoming(transfer.grant.region.view):
-                taken = min(len(view), len(part))
-                view[:taken] = part[:taken]
-                part = part[taken:]
-            nbytes = min(part_nbytes, len(stream) - position) - len(part)
-            position += nbytes
-            served.landed(nbytes, now_s)
+                taken = min(len(view), len(come))
+                view[:taken] = come[:taken]
+                come = come[taken:]
+            served.landed(num_left - len(come), now_s)
         else:
-            position += len(part)
-            served.receive(memoryview(part), now_s)
-            num_asked += 1
+            served.receive(memoryview(come), now_s)
+            come = b""
+            num_heard += 1
     if served.phase is Phase.LEAVING:
         served.lose(now_s)
-    return bytes(said), num_asked
+    return bytes(said), num_heard
 
 
 def payload_of(said: bytes) -> bytes:
     """The payload of all whole DATA that an owner said."""
     payload, position = bytearray(), 0
-    while position + 16 <= len(said):
+    while position + HEAD_NBYTES <= len(said):
         kind = said[position]
         assert kind in (Kind.WELCOME, Kind.CLEAR, Kind.DATA, Kind.DONE, Kind.FAIL, Kind.PONG), kind
         nbytes = int.from_bytes(said[position + 8 : position + 16])
-        position += 16
+        position += HEAD_NBYTES
         if kind == Kind.DATA:
             payload += said[position : position + nbytes]
         position += nbytes

@@ -182,7 +182,7 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "owner": [
         bytes([parts]) + conversations.HELLO + asked
-        for parts in (3, 15, 0x25)
+        for parts in (0x03, 0x0F, 0x8F, 0x25)
         for asked in (
             encode(PULL) + encode(Done(op=1, note=b"note")) + encode(Ping(op=2)),
             encode(PULL._replace(wants_done=False)) + encode(PULL._replace(op=2)),
