@@ -21,6 +21,7 @@ from snowskin.kvstore.node.data_ports import DataPlaneSettings, open_transports,
 from snowskin.kvstore.node.door import CallMeter, LocalDoor
 from snowskin.kvstore.node.limits import NodeLimits
 from snowskin.kvstore.node.metrics import NodeMetrics
+from snowskin.kvstore.node.reach import NodeReach
 from snowskin.kvstore.node.service import StoreService
 from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
@@ -152,7 +153,8 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             shell.state.door = f"unix:{path}"
         service = StoreService(shell, settings.watch_limits())
         stack.callback(service.close)
-        admin = NodeAdminService(shell)
+        reach = NodeReach.of_node(settings, transports, shell.data_plane.statistics)
+        admin = NodeAdminService(shell, reach)
         server = await stack.enter_async_context(
             serving(
                 [

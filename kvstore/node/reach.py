@@ -11,18 +11,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.admin_messages import ListedTransport, TransportsReport
+from snowskin.transport.addresses import Address
 from snowskin.transport.advertisement import Advertisement
 from snowskin.transport.choice import GRPC, SHM, TCP
 from snowskin.transport.host_probe import read_host
 from snowskin.transport.probes import advertise, probe_transports
 from snowskin.transport.routes import advertised
+from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.topology import HostFacts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from snowskin.transport.addresses import Address
-    from snowskin.transport.api import TransportStatistics
+    from snowskin.kvstore.node.data_ports import DataPlaneSettings
+    from snowskin.transport.api import Transport, TransportStatistics
     from snowskin.transport.choice import TransportProbe
 
 
@@ -79,6 +81,23 @@ class NodeReach:
             statistics=statistics,
         )
 
+    @classmethod
+    def of_node(
+        cls,
+        settings: DataPlaneSettings,
+        opened: Sequence[Transport],
+        statistics: Callable[[], Mapping[str, TransportStatistics]],
+    ) -> NodeReach:
+        """As `tried`, of a node whose data plane listens already."""
+        found = [
+            transport.reachability.addresses
+            for transport in opened
+            if isinstance(transport, TcpTransport) and transport.reachability is not None
+        ]
+        told = found[0] if found else ()
+        bound = [Address(settings.data_address, settings.data_port or told[0].port)] if told else []
+        return cls.tried(settings.transports, bound=bound, told=told, statistics=statistics)
+
     def report(self, *, door: str) -> TransportsReport:
         """For an operator; `door` is the local door's address, or empty."""
         counted = self.statistics()
@@ -88,7 +107,7 @@ class NodeReach:
                     probe=probe,
                     bound=self._bound(scheme, door),
                     advertised=self._advertised(scheme),
-                    is_open=scheme in counted,
+                    is_open=scheme in counted or (scheme == SHM and bool(door)),
                     counters=counters_of(counted[scheme]) if scheme in counted else (),
                 )
                 for scheme, probe in self.probes.items()

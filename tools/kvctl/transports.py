@@ -246,9 +246,9 @@ def _add_schemes(rows: Table, node: str, report: TransportsReport) -> None:
             works,
             ", ".join(listed.bound) or "-",
             ", ".join(listed.advertised) or "-",
-            str(counters.get("num_connections", 0)) if listed.is_open else "-",
-            nbytes_text(moved) if listed.is_open else "-",
-            str(refused) if listed.is_open else "-",
+            str(counters.get("num_connections", 0)) if counters else "-",
+            nbytes_text(moved) if counters else "-",
+            str(refused) if counters else "-",
             f"{why} ({facts})" if facts else why,
         )
 

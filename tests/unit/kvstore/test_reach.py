@@ -14,7 +14,7 @@ from snowskin.transport.api import TransportStatistics
 from snowskin.transport.choice import TransportProbe
 from snowskin.transport.host_probe import HostFiles, read_host
 from snowskin.v1 import admin_pb2
-from tests.support.fake_sysfs import planted, two_sockets
+from tests.support.fake_sysfs import laptop, planted, two_sockets
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,8 @@ def test_report_arrives_as_it_was_sent(tmp_path: Path) -> None:
     assert through_the_wire(report) == report
     shm, ucx, tcp = report.transports
     assert shm.bound == ("unix:/run/door",)
-    assert not shm.is_open
+    assert shm.is_open
+    assert shm.counters == ()
     assert ucx.advertised == ()
     assert tcp.bound == ("[::]:7200",)
     assert dict(tcp.counters)["num_connections"] == 2
@@ -81,6 +82,14 @@ def test_empty_host_and_no_transports_arrive_empty() -> None:
     assert through_the_wire(report) == report
     assert report.transports == ()
     assert Advertisement.from_bytes(report.advertisement).schemes == ()
+
+
+def test_host_without_numa_nodes_arrives_without_them(tmp_path: Path) -> None:
+    files, addresses = laptop()
+    facts = read_host(HostFiles(root=planted(tmp_path, files)), addresses=lambda: addresses)
+    assert facts.gpus[0].place.numa_node is None
+    report = NodeReach(facts=facts).report(door="")
+    assert through_the_wire(report) == report
 
 
 def test_address_that_is_none_is_left_out() -> None:
