@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mmap
 import os
 import socket
 import threading
@@ -354,11 +353,8 @@ class DoorConnection:
 
 
 def unmap(mappings: list[object]) -> None:
-    """Unmaps what nobody uses any more; on a thread that may be held up."""
-    for mapping in mappings:
-        with contextlib.suppress(BufferError):  # somebody still looks at it: it goes with him
-            if isinstance(mapping, mmap.mmap):
-                mapping.close()
+    """Lets go of what nobody uses any more, which unmaps it; on a thread that may be held up."""
+    mappings.clear()
 
 
 async def _receive_with_descriptors(door: socket.socket) -> tuple[bytes, list[int]]:

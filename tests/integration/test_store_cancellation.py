@@ -7,6 +7,7 @@ import gc
 import itertools
 import queue
 import threading
+import weakref
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -321,17 +322,18 @@ async def test_pools_are_unmapped_off_the_loop(monkeypatch):
     unmapped = queue.SimpleQueue()
 
     def noted(mappings):
+        mapped = [weakref.ref(mapping) for mapping in mappings]
         real(mappings)
-        unmapped.put((threading.current_thread(), [mapping.closed for mapping in mappings]))
+        unmapped.put((threading.current_thread(), [mapping() is None for mapping in mapped]))
 
     real = door_connection.unmap
     monkeypatch.setattr(door_connection, "unmap", noted)
     async with node_and_observer("door") as (address, _):
         client = await StoreClient.connect(address, client_name="goes")
         await client.close()
-        thread, are_closed = await asyncio.to_thread(unmapped.get, timeout=10)
+        thread, are_unmapped = await asyncio.to_thread(unmapped.get, timeout=10)
         assert thread is not threading.main_thread()
-        assert are_closed == [True]
+        assert are_unmapped == [True]
         thread.join(10)
 
 
