@@ -191,7 +191,7 @@ class ServedTransfer:
     @property
     def between_frames(self) -> bool:
         """Whether the stream stands at the end of a frame."""
-        return not self.frame_left and self._num_head in (0, HEAD_NBYTES)
+        return not self.frame_left
 
     def outgoing(self, memory: memoryview) -> list[memoryview]:
         """What to send next: at most the rest of one frame."""

@@ -259,7 +259,7 @@ def test_a_push_lands_in_its_ranges_and_is_told_before_its_done():
     stream = b"".join(
         encode(Data(op=1, nbytes=len(part))) + part for part in (data[:1], data[1:100], data[100:])
     )
-    assert served.land(stream) == b""
+    assert served.land(stream + b"more") == b"more"
     assert bytes(served.region.buffer[7:67]) == data[:60]
     assert bytes(served.region.buffer[400:490]) == data[60:]
     assert bytes(served.region.buffer[:7]) == MEMORY[:7]
@@ -286,6 +286,7 @@ def test_a_push_without_a_note_tells_nobody():
         head(Kind.DATA, op=1, nbytes=11),
         head(Kind.DATA, op=1, nbytes=0),
         head(Kind.PING, op=1),
+        head(Kind.DONE, op=1, nbytes=10),
         head(Kind.DATA, op=1, nbytes=10, flags=1),
         b"\xff" * 16,
     ],
@@ -294,7 +295,7 @@ def test_a_push_in_disorder_ends_the_connection_and_writes_nothing(wrong):
     served = Served(writable=True)
     served.hear(push())
     served.said()
-    served.land(wrong + b"x" * 30)
+    served.land(wrong + encode(Data(op=1, nbytes=10)) + b"x" * 10)
     fail = only_fail(served.said())
     assert (fail.op, fail.reason) == (0, "BAD_FRAME")
     assert served.phase is Phase.LEAVING
@@ -366,6 +367,16 @@ def test_what_the_order_does_not_allow_ends_the_connection(before, said):
     assert (fail.op, fail.reason) == (0, "BAD_FRAME")
     assert served.phase is Phase.LEAVING
     assert served.ledger.refused == {"BAD_FRAME": 1}
+
+
+def test_a_single_byte_during_a_pull_ends_the_connection_and_inside_a_frame_without_a_word():
+    for most, num_said, phase in ((1 << 20, 1, Phase.LEAVING), (50, 0, Phase.OVER)):
+        served = Served()
+        served.hear(ask(((0, 250),)))
+        served.send(most=most)
+        served.hear_bytes(b"\x09")
+        assert (len(served.said()), served.phase) == (num_said, phase)
+        assert served.ledger.num_failed == 1
 
 
 def test_a_request_behind_an_unanswered_one_ends_the_connection():
@@ -487,6 +498,14 @@ def test_silence_ends_an_idle_connection_and_a_ping_is_none():
     assert due(served, 9.0) is Phase.IDLE
     assert served.phase is Phase.OVER
     assert served.ledger.refused == {}
+
+
+def test_silence_counts_from_the_end_of_the_last_transfer():
+    served = Served()
+    served.hear(ask(((0, 250),)), now_s=1.0)
+    for now_s in (2.0, 3.0, 4.0):
+        served.send(now_s=now_s)
+    assert due(served, 9.0) is Phase.IDLE
 
 
 def test_an_owner_without_idle_limit_waits():
