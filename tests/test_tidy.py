@@ -48,8 +48,14 @@ PURE = (
     "kvstore/pool/allocator.py",
     "kvstore/quota.py",
     "kvstore/session.py",
+    "transport/advertisement.py",
+    "transport/choice.py",
     "transport/frames.py",
+    "transport/paths.py",
     "transport/pull.py",
+    "transport/routes.py",
+    "transport/stripes.py",
+    "transport/topology.py",
 )
 # Paths of one machine, and addresses of package indexes, have no place in a file that travels. The
 # one address allowed is where PyTorch publishes its CPU wheels, an option for users.

@@ -275,6 +275,15 @@ def keys_listed(*filters, node):
     return [block["key"] for block in answer("blocks", "ls", *filters, node=node)["blocks"]]
 
 
+def test_node_says_by_what_it_is_reached_and_a_client_beside_it_maps_its_memory(node):
+    told = answer("transports", node=node)
+    works = {row["scheme"]: row["open"] for row in told["transports"]}
+    assert works == {"shm": True, "tcp": True, "grpc": False}
+    assert told["way"]["choice"]["scheme"] == "shm"
+    by_tcp = answer("transports", "--scheme", "tcp", node=node)["way"]["choice"]
+    assert by_tcp["paths"][0]["remote_address"] == told["transports"][1]["advertised"][0]
+
+
 def test_blocks_are_listed_by_page_and_filter(node, store):
     status, out, err = run("blocks", "ls", "--node", node)
     assert (status, err) == (0, "")
