@@ -112,9 +112,9 @@ def stop_in_unverified_copies() -> None:
     """A pull that does not verify tells nobody of its pieces: ask for it, and stop there."""
     real = machine.Move
 
-    def move(is_push, lease, runs, local, landed, timeout_s):
+    def move(is_push, lease, runs, local, landed, *rest):
         landed = landed or StoppingChecksums(local.buffer, 1 << 60).landed
-        return real(is_push, lease, runs, local, landed, timeout_s)
+        return real(is_push, lease, runs, local, landed, *rest)
 
     setattr(machine, "Move", move)  # noqa: B010  a function in place of a class
 
