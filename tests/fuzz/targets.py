@@ -10,6 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snowskin.transport.addresses import Address, Reachability
+from snowskin.transport.advertisement import (
+    AdvertisedAddress,
+    Advertisement,
+    HostIdentity,
+    SchemeAdvertisement,
+)
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import BadDescriptor, BadFrame, OutOfBounds
 from snowskin.transport.frames import (
@@ -51,6 +57,15 @@ def addresses(data: bytes) -> None:
     """The part of a descriptor that says where its owner serves."""
     try:
         found = Reachability.from_bytes(data)
+    except BadDescriptor:
+        return
+    assert found.to_bytes() == data
+
+
+def advertisement(data: bytes) -> None:
+    """What a node says of its transports, by whatever carries it."""
+    try:
+        found = Advertisement.from_bytes(data)
     except BadDescriptor:
         return
     assert found.to_bytes() == data
@@ -124,6 +139,7 @@ def grants(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], object]] = {
     "descriptor": descriptor,
     "addresses": addresses,
+    "advertisement": advertisement,
     "frames": frames,
     "grants": grants,
     "owner": conversations.owner,
@@ -174,6 +190,20 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "addresses": [
         Reachability(addresses=(Address("10.77.0.1", 4711), Address("fd77::1", 4712))).to_bytes()
+    ],
+    "advertisement": [
+        Advertisement(
+            identity=HostIdentity(host=b"h" * 16, process=b"p" * 16, pid_namespace=7),
+            schemes=(
+                SchemeAdvertisement(scheme="shm"),
+                SchemeAdvertisement(
+                    scheme="tcp",
+                    kinds=("rdma:InfiniBand",),
+                    addresses=(AdvertisedAddress(address=Address("fd77::1", 4712)),),
+                    extra=b"extra",
+                ),
+            ),
+        ).to_bytes()
     ],
     "frames": [
         *(b"\x03" + encode(frame) for frame in FRAMES),
