@@ -36,7 +36,7 @@ from snowskin.transport.tcp_connection import WAIT_S
 from snowskin.transport.tcp_connections import Connections, Link
 from snowskin.transport.tcp_lanes import StripedPull
 from snowskin.transport.tcp_owner import TcpOwner
-from snowskin.transport.tcp_reader import Job, check_note, pull, push
+from snowskin.transport.tcp_reader import Job, check_note, is_short, pull, pull_short, push
 from snowskin.transport.tcp_settings import TcpSettings
 
 if TYPE_CHECKING:
@@ -426,6 +426,8 @@ class _Tries:
 
 def _drive(connection: Connection, job: Job, tries: _Tries) -> None:
     connection.wait_at_most(job.check())
+    if is_short(job) and not job.landed_nbytes and pull_short(connection, job):
+        return
     for _ in _steps(connection, job):
         connection.wait_at_most(job.check())
         tries.wait()
@@ -434,6 +436,8 @@ def _drive(connection: Connection, job: Job, tries: _Tries) -> None:
 async def _drive_async(connection: Connection, job: Job, tries: _Tries) -> None:
     loop = asyncio.get_running_loop()
     connection.set_mood(polling=True)
+    if is_short(job) and not job.landed_nbytes and pull_short(connection, job):
+        return
     for _ in _steps(connection, job):
         wait_s = min(max(job.check(), 0.0), LOOP_WAIT_S)
         tries.wait()

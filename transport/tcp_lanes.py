@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 ONE_PATH_STRIPE_NBYTES = 1 << 30  # where nothing is re-routed, one request to the owner is enough
 
 
+LANE_STALL_S = 0.5  # longer than TCP's own first two resends take
+
+
 class _LaneOver(Exception):
     """The pull has ended meanwhile; not an error."""
 
@@ -118,6 +121,7 @@ class StripedPull:
             stripe_nbytes=ONE_PATH_STRIPE_NBYTES if has_one_path else STRIPE_NBYTES,
             piece_nbytes=job.order.piece_nbytes if is_looked_at else CHUNK_NBYTES,
             striped_from_nbytes=STRIPED_FROM_NBYTES,
+            stall_s=LANE_STALL_S,
         )
         self._untold = iter(pieces(runs if is_looked_at else (), job.order.piece_nbytes))
         self._next_untold = next(self._untold, None)

@@ -102,6 +102,7 @@ class TcpSettings:
         max_idle_connections_to_peer: kept open for the next transfers.
         max_idle_s: after so long without a transfer a connection is closed.
         max_nbytes_in_flight: asked of one owner at once.
+        spin_s: how long a thread that waits for bytes looks again before it sleeps; 0 = not at all.
     """
 
     listen: tuple[Address, ...] = ()
@@ -137,6 +138,7 @@ class TcpSettings:
     max_idle_connections_to_peer: int = 8
     max_idle_s: float = 60.0
     max_nbytes_in_flight: int = 256 << 20
+    spin_s: float = 50e-6
 
     def __post_init__(self) -> None:
         """Refuses what cannot work."""
@@ -146,6 +148,7 @@ class TcpSettings:
             "idle_timeout_s",
             "send_buffer_nbytes",
             "receive_buffer_nbytes",
+            "spin_s",
         }
         for field in fields(self):
             value = getattr(self, field.name)
