@@ -245,7 +245,7 @@ class ServingLoop:
                     link.stream.send(link.served.out)
             self._close(link)
         for listener, _ in self._listeners.values():
-            listener.close()
+            _end(listener)
         self._epoll.close()
         with self._lock:
             if self._wake_fd >= 0:
@@ -434,10 +434,17 @@ class ServingLoop:
         del self._links[link.fd]
         link.served.lose(self._now_s())
         with contextlib.suppress(OSError):
-            self._epoll.unregister(link.fd)  # a forked child may still hold the descriptor
-        link.stream.close()
+            self._epoll.unregister(link.fd)
+        _end(link.stream)
         self._admission.leave(link)
 
     def _count_error(self, what: str, **fields: str) -> None:
         self.num_errors += 1
         _log.exception(what, extra=fields)
+
+
+def _end(stream: Stream) -> None:
+    """Closes a socket for the peer as well, even where a forked child still holds the descriptor."""
+    with contextlib.suppress(OSError):
+        stream.shutdown(socket.SHUT_RDWR)
+    stream.close()
