@@ -12,7 +12,7 @@ STAMP := $(VENV)/.set-up
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: help setup demo demo-wide protos check test test-nightly test-ucx-py bench-smoke up clean
+.PHONY: help setup demo demo-wide protos check test test-nightly test-ucx-py bench-smoke bench-peers up clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 20
 
@@ -63,6 +63,10 @@ test-ucx-py: $(STAMP) ## nightly: build ucx-py 0.45 from its source into .venv, 
 
 bench-smoke: $(STAMP) ## run every benchmark once, briefly: does it work, not how fast
 	$(BIN)/python -m snowskin.tools.bench smoke
+
+bench-peers: $(STAMP) ## other systems for `bench transfer --peers-python .venv/peers/bin/python`: 0.4 GB, and libibverbs1 libnuma1 libcurl4
+	$(BIN)/python -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install -q --no-deps -r tools/bench/transfer/peers.txt
 
 clean: ## remove the caches; .venv stays
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -36,6 +36,8 @@ def _run_and_show(name: str, options: registry.BenchOptions) -> Report:
     console.print(bench.QUESTION, markup=False)
     report = bench.run(options)
     console.print(table_of(report))
+    for note in report.notes:
+        console.print(note, style="bold red" if note.startswith("MISSING") else None, markup=False)
     return report
 
 
@@ -67,10 +69,18 @@ def _bench_command(name: str) -> click.Command:
         help="Rounds of each case; the table shows their median and spread.",
     )
     @click.option("--smoke", is_flag=True, help="Smallest sizes only: does it work, not how fast.")
+    @click.option(
+        "--peers-python",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Python of the environment that other systems are installed in (make bench-peers).",
+    )
     @click.option("--strict", is_flag=True, help="Exit with 1 where a goal does not hold.")
-    def command(json_path: Path | None, runs: int, smoke: bool, strict: bool) -> None:
+    def command(
+        json_path: Path | None, runs: int, smoke: bool, strict: bool, peers_python: Path | None
+    ) -> None:
+        options = registry.BenchOptions(runs=runs, smoke=smoke, peers_python=peers_python)
         try:
-            report = _run_and_show(name, registry.BenchOptions(runs=runs, smoke=smoke))
+            report = _run_and_show(name, options)
             if json_path is not None:
                 report.write(json_path)
         except SnowskinError as error:

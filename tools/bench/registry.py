@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from snowskin.tools.bench.report import Report
 
 BENCHES = {
     "directory": "snowskin.tools.bench.directory",
     "reliability": "snowskin.tools.bench.reliability",
     "spine": "snowskin.tools.bench.spine",
+    "transfer": "snowskin.tools.bench.transfer.bench",
 }
 
 
@@ -35,10 +38,12 @@ class BenchOptions:
     Attributes:
         runs: rounds of each case; the benchmark may take more of a very short one.
         smoke: only show that it works: smallest sizes, about a second; no number of it is a verdict.
+        peers_python: Python of the environment that other systems are installed in; None: this one.
     """
 
     runs: int = 15
     smoke: bool = False
+    peers_python: Path | None = None
 
 
 class Bench(Protocol):

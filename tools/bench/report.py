@@ -4,7 +4,8 @@ Rules kept here: a number stands beside what it is compared with, measured in th
 one run alternate, so that a slow minute of the host hits all of them alike; value = median of the
 rounds, spread = their interquartile range, in the row's unit; sizes stand in the row's name. The
 file is `{bench, host, rows: [{name, value, unit, reference, reference_value, ratio, goal, holds,
-runs, spread}]}`; ratio = value / reference_value, goal is text, null is "none".
+runs, spread}], notes: [text]}`; ratio = value / reference_value, or the median of the rounds' own ratios; goal is text,
+null is "none"; notes are what the numbers do not say by themselves, e.g. who was missing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import operator
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
@@ -89,6 +90,7 @@ class Report:
     bench: str
     host: HostFacts
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def missed(self) -> tuple[Row, ...]:
@@ -102,7 +104,12 @@ class Report:
             ValueError: a number is not finite: JSON has no word for it, and it is no measurement.
         """
         rows = [asdict(row) for row in self.rows]
-        document = {"bench": self.bench, "host": self.host.as_json(), "rows": rows}
+        document = {
+            "bench": self.bench,
+            "host": self.host.as_json(),
+            "rows": rows,
+            "notes": self.notes,
+        }
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
     def write(self, path: Path) -> None:
@@ -153,6 +160,26 @@ def make_row(
         runs=len(samples),
         spread=spread_of(samples),
     )
+
+
+def make_paired_row(
+    name: str,
+    samples: Sequence[float],
+    unit: str,
+    *,
+    reference: tuple[str, Sequence[float]],
+    goal: Goal | None = None,
+) -> Row:
+    """As `make_row`, with samples and reference taken in the same rounds: ratio = median of the rounds' ratios.
+
+    A slow minute of the host then stands on both sides of each ratio.
+    """
+    row = make_row(name, samples, unit, reference=reference)
+    ratio = statistics.median(
+        ours / theirs for ours, theirs in zip(samples, reference[1], strict=True)
+    )
+    holds = goal.holds(value=row.value, ratio=ratio) if goal else None
+    return replace(row, ratio=ratio, goal=str(goal) if goal else None, holds=holds)
 
 
 def measure(

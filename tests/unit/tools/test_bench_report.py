@@ -21,6 +21,7 @@ from snowskin.tools.bench.report import (
     Row,
     compare,
     host_differences,
+    make_paired_row,
     make_row,
     measure,
     read_report,
@@ -78,6 +79,23 @@ def test_a_goal_on_a_missing_ratio_does_not_hold():
     assert make_row("pull", [1.0], "s", reference=("x", [0.0]), goal=AT_LEAST).ratio is None
 
 
+def test_a_paired_ratio_is_the_median_of_the_rounds_and_not_of_the_medians():
+    slow_minute = [1.0, 10.0, 10.0]
+    row = make_paired_row("pull", slow_minute, "s", reference=("memcpy", [2.0, 5.0, 2.0]))
+    assert (row.value, row.reference_value, row.ratio) == (10.0, 2.0, 2.0)
+
+
+def test_a_paired_ratio_needs_a_reference_of_the_same_rounds():
+    with pytest.raises(ValueError, match="shorter"):
+        make_paired_row("pull", [1.0, 2.0], "s", reference=("memcpy", [1.0]))
+
+
+def test_notes_travel_with_the_rows(tmp_path):
+    noted = dataclasses.replace(report(), notes=("MISSING: nixl",))
+    noted.write(tmp_path / "a.json")
+    assert read_report(tmp_path / "a.json") == noted
+
+
 def test_the_file_has_exactly_the_promised_shape():
     row = make_row("pull", [1.0], "s", reference=("memcpy", [2.0]), goal=AT_LEAST)
     document = json.loads(report(row).as_json())
@@ -98,6 +116,7 @@ def test_the_file_has_exactly_the_promised_shape():
                 "spread": 0.0,
             }
         ],
+        "notes": [],
     }
     assert list(document["rows"][0]) == [field.name for field in dataclasses.fields(Row)]
 

@@ -1,0 +1,1 @@
+"""What transfers cost, against the memory, the wire and other systems, in one run."""

@@ -1,0 +1,1 @@
+"""Who moves the bytes in the transfer benchmark: a file per contestant, all behind `api.py`."""
