@@ -179,6 +179,16 @@ def test_back_off_is_bounded() -> None:
         now_s = paths.retry_at_s()
 
 
+def test_fall_back_paths_are_the_living_ones_only_without_a_preferred_one() -> None:
+    paths = two_paths(fallback=True)
+    assert [path.name for path in paths.alive()] == ["a"]
+    paths.failed("a", 0.0)
+    assert [path.name for path in paths.alive()] == ["b"]
+    paths.failed("b", 0.0)
+    assert paths.alive() == ()
+    assert paths.least_busy() is None
+
+
 def test_dead_fall_back_path_is_tried_only_while_nothing_lives() -> None:
     paths = two_paths(fallback=True)
     paths.failed("b", 0.0)
@@ -209,6 +219,17 @@ def test_lane_that_stands_still_while_another_moves_is_stalled() -> None:
     assert stripes.stalled(1.0) == ()  # nobody moved: it is the peer
     stripes.landed(other, MIB, 1.0)
     assert stripes.stalled(1.0) == (Lane("a", 0),)
+
+
+def test_lane_that_had_nothing_to_do_is_not_stalled_when_it_gets_work() -> None:
+    stripes = Stripes(one_run(64 * MIB), two_paths(), stall_s=1.0)
+    stripes.lanes_to_open(0.0)
+    stripes.take(Lane("b", 0), 5.0)
+    other = stripes.take(Lane("a", 0), 5.0)
+    assert other is not None
+    stripes.landed(other, MIB, 5.5)
+    assert stripes.stalled(5.9) == ()
+    assert stripes.stalled(6.0) == (Lane("b", 0),)
 
 
 def test_lane_that_stands_still_while_a_proven_one_is_idle_is_stalled() -> None:
