@@ -40,8 +40,10 @@ class FakeReader:
     times_landed: bytearray
     waiting: dict[Lane, list[Stripe]] = field(default_factory=dict)
     moved: dict[int, int] = field(default_factory=dict)
+    ticks: int = 0
 
     def tick(self, tick: int) -> None:
+        self.ticks += 1
         now_s = tick * TICK_S
         for lane in self.stripes.lanes_to_open(now_s):
             assert lane not in self.waiting, "told twice"
@@ -194,3 +196,23 @@ def test_request_ends_where_one_path_lives(
     check_bytes(reader, runs)
     assert failure is None
     assert reader.stripes.is_done
+
+
+def ticks_needed(fakes: list[FakePath], nbytes: int) -> int:
+    runs = [Run(0, 0, nbytes)]
+    reader, _ = carried(fakes, runs, 2, max_runs=1024)
+    check_bytes(reader, runs)
+    assert reader.stripes.is_done
+    return reader.ticks
+
+
+def test_two_paths_are_twice_as_fast_and_the_survivor_of_a_cut_goes_on_at_its_rate() -> None:
+    whole = FakePath(nbytes_per_tick=40, cuts=(), is_preferred=True)
+    cut_at, nbytes = 100, 32_000
+    cut = FakePath(nbytes_per_tick=40, cuts=((cut_at, MAX_TICKS),), is_preferred=True)
+    alone = ticks_needed([whole], nbytes)
+    assert ticks_needed([whole, whole], nbytes) <= 0.55 * alone
+    best = cut_at + (nbytes - cut_at * 80) / 40  # nothing lost, and the survivor never idle
+    assert ticks_needed([whole, cut], nbytes) <= best / 0.9
+    slow = FakePath(nbytes_per_tick=10, cuts=(), is_preferred=True)
+    assert ticks_needed([whole, slow], nbytes) <= 0.85 * alone
