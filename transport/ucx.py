@@ -30,7 +30,7 @@ from snowskin.transport.errors import (
     TransportClosed,
     TransportUnavailable,
 )
-from snowskin.transport.frames import MAX_RANGES, MAX_TIMEOUT_MS, Ask, Clear, Done
+from snowskin.transport.frames import MAX_RANGES, MAX_TIMEOUT_MS, Ask
 from snowskin.transport.grants import Range
 from snowskin.transport.memory_kind import HOST_KINDS, MemoryKind
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
@@ -334,8 +334,7 @@ class UcxTransport(OrderedTransport):
     def _bring(self, mailbox: Mailbox, look: Callable[[], float]) -> None:
         """A push: sends the stream, and tells each piece once the owner has it."""
         order = mailbox.order
-        if not isinstance(mailbox.next(look), Clear):
-            raise BadFrame(f"{order.remote.peer} did not clear the push")
+        mailbox.next(look)  # CLEAR
         runs = order.runs if order.landed is not None else joined(order.runs)
         cursor = Cursor([(run.local_offset, run.nbytes) for run in runs], order.local.address)
         window = self.settings.max_chunks_unacknowledged * CHUNK_NBYTES
@@ -343,7 +342,7 @@ class UcxTransport(OrderedTransport):
         for _, local_offset, nbytes in _pieces(order):
             look()
             piece_end += nbytes
-            # whoever looks on sees a piece before the next one leaves
+            # whoever looks on is told of a piece before the next one leaves
             most = piece_end if order.landed is not None else cursor.nbytes
             while taken < piece_end:
                 while cursor.position < most and cursor.position - taken < window:
@@ -351,18 +350,15 @@ class UcxTransport(OrderedTransport):
                     spans = cursor.take(min(CHUNK_NBYTES, most - position), MAX_SPANS)
                     self._thread.post(functools.partial(self._send, mailbox, position, spans))
                 item = mailbox.next(look)
-                if not isinstance(item, int):
-                    raise BadFrame(f"{order.remote.peer} ended a push before its last byte")
+                assert isinstance(item, int), "DONE comes after the last TAKEN"
                 taken = item
             order.moved(local_offset, nbytes)
-        if not isinstance(mailbox.next(look), Done):
-            raise BadFrame(f"{order.remote.peer} did not end the push")
+        mailbox.next(look)  # DONE
 
     def _move_one_sided(
         self, mailbox: Mailbox, region: UcxRegion, look: Callable[[], float]
     ) -> None:
-        if not isinstance(mailbox.next(look), Clear):
-            raise BadFrame(f"{region.peer} did not clear the transfer")
+        mailbox.next(look)  # CLEAR
         self._thread.run(functools.partial(self._check_ways, mailbox, region))
         settings = self.settings
         moves = OneSided(
@@ -411,6 +407,7 @@ class UcxTransport(OrderedTransport):
         except TransportClosed as error:
             mailbox.fail(error)
             return
+        mailbox.sent = position + sum(span.nbytes for span in spans)
         link.conversation.send_data(mailbox.ask.op, position, spans, local.end_landing)
 
     def _arrive(self, header: bytes, payload: Span) -> None:

@@ -97,6 +97,8 @@ class Mailbox:
         link: where it is under way, None before.
         total_nbytes: of its stream.
         arrived: of a pull, how much of the stream came; of a push, how much the owner has.
+        sent: of a push, how much was sent.
+        is_cleared: whether the owner said CLEAR.
     """
 
     def __init__(self, order: Order, ask: Ask, position: int) -> None:
@@ -107,6 +109,8 @@ class Mailbox:
         self.total_nbytes = sum(nbytes for _, nbytes in ask.ranges)
         self.link: Link | None = None
         self.arrived = 0
+        self.sent = 0
+        self.is_cleared = False
         self._items: collections.deque[object] = collections.deque()
         self._error: TransportError | None = None
         self._changed = threading.Condition()
@@ -115,6 +119,11 @@ class Mailbox:
     def is_one_sided(self) -> bool:
         """Whether this side moves the bytes by itself."""
         return bool(self.position & ONE_SIDED)
+
+    @property
+    def is_brought(self) -> bool:
+        """Whether it is a push whose bytes go in messages."""
+        return self.ask.is_push and not self.is_one_sided and self.is_cleared
 
     def put(self, item: object) -> None:
         """Tells something."""
@@ -238,12 +247,7 @@ class Link:
             case MessageKind.DATA:
                 self._take_data(head, payload)
             case MessageKind.TAKEN:
-                mailbox = self.under_way.get(head.op)
-                if mailbox is not None:
-                    if not mailbox.ask.is_push or head.position <= mailbox.arrived:
-                        raise BadFrame(f"TAKEN {head.position} after {mailbox.arrived}")
-                    mailbox.arrived = head.position
-                    mailbox.put(head.position)
+                self._take_taken(head)
             case _:
                 raise BadFrame(f"an owner says {head.kind.name}")
 
@@ -259,12 +263,20 @@ class Link:
                 self.conversation.say(Pong(op=frame.op))
             case Pong():
                 pass
-            case Clear() | Done():
-                waits = self.under_way.get(frame.op)
-                if waits is not None:
-                    if isinstance(frame, Done):
-                        del self.under_way[frame.op]
-                    waits.put(frame)
+            case Clear():
+                cleared = self.under_way.get(frame.op)
+                if cleared is not None:
+                    if cleared.is_cleared or not (cleared.ask.is_push or cleared.is_one_sided):
+                        raise BadFrame("CLEAR of what waits for none")
+                    cleared.is_cleared = True
+                    cleared.put(frame)
+            case Done():
+                done = self.under_way.get(frame.op)
+                if done is not None:
+                    if not done.is_brought or done.arrived < done.total_nbytes:
+                        raise BadFrame("DONE before the last byte")
+                    del self.under_way[frame.op]
+                    done.put(frame)
             case Fail() if frame.op:
                 refused = self.under_way.pop(frame.op, None)
                 if refused is not None:
@@ -274,12 +286,21 @@ class Link:
             case _:
                 raise BadFrame(f"an owner says {type(frame).__name__.upper()}")
 
+    def _take_taken(self, head: MessageHead) -> None:
+        mailbox = self.under_way.get(head.op)
+        if mailbox is not None:
+            if not mailbox.is_brought or not mailbox.arrived < head.position <= mailbox.sent:
+                raise BadFrame(f"TAKEN {head.position} after {mailbox.arrived}, of {mailbox.sent}")
+            mailbox.arrived = head.position
+            mailbox.put(head.position)
+
     def _take_data(self, head: MessageHead, payload: Span) -> None:
         mailbox = self.under_way.get(head.op)
         if mailbox is None:
             return  # given up meanwhile
         if (
             mailbox.ask.is_push
+            or mailbox.is_one_sided
             or head.position != mailbox.arrived
             or not 0 < payload.nbytes <= mailbox.total_nbytes - mailbox.arrived
         ):

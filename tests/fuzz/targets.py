@@ -36,7 +36,7 @@ from snowskin.transport.frames import (
     encode,
 )
 from snowskin.transport.grants import GrantedRanges, Range
-from tests.fuzz import conversations
+from tests.fuzz import conversations, ucx_conversations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +145,11 @@ TARGETS: dict[str, Callable[[bytes], object]] = {
     "owner": conversations.owner,
     "reader_pulls": conversations.reader_pulls,
     "reader_pushes": conversations.reader_pushes,
+    "ucx_owner": ucx_conversations.owner,
+    "ucx_reader_pulls": ucx_conversations.reader_pulls,
+    "ucx_reader_pushes": ucx_conversations.reader_pushes,
+    "ucx_words": ucx_conversations.words,
+    "ucx_reach": ucx_conversations.reach,
 }
 
 ASK = Ask(
@@ -226,5 +231,10 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "reader_pulls": conversations.READER_SEEDS,
     "reader_pushes": conversations.READER_SEEDS,
+    "ucx_owner": ucx_conversations.OWNER_SEEDS,
+    "ucx_reader_pulls": ucx_conversations.READER_SEEDS,
+    "ucx_reader_pushes": ucx_conversations.READER_SEEDS,
+    "ucx_words": ucx_conversations.WORDS_SEEDS,
+    "ucx_reach": [ucx_conversations.SEALED.extra],
     "grants": [bytes([0, 0, 64, 64, 64, 10, 20]), bytes([1, 0, 10, 10, 10, 5, 10])],
 }
