@@ -234,11 +234,12 @@ class RawOwner:
     """
 
     serve: Callable[[RawStream], None]
+    port: int = 0
     error: BaseException | None = None
     num_connections: int = 0
 
     def __enter__(self) -> RawOwner:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", self.port))
         self.address: tuple[str, int] = self._listener.getsockname()
         self._streams: list[RawStream] = []
         self._threads = [threading.Thread(target=self._accept, name="raw-owner")]
