@@ -10,18 +10,35 @@ GIL; a hop into a thread and back costs about as much as 1 MiB of copying.
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from snowskin.transport.errors import TransportClosed, TransportUnavailable
+from snowskin.transport.api import TrafficClass
+from snowskin.transport.errors import (
+    OutOfBounds,
+    PeerLost,
+    RegionExpired,
+    TransportClosed,
+    TransportError,
+    TransportUnavailable,
+)
+from snowskin.transport.grants import Completion
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
 from snowskin.transport.pages import Population
-from snowskin.transport.runs import joined, pieces
+from snowskin.transport.runs import Run, check_bounds, joined, pieces
+from snowskin.transport.views import RegionView
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from snowskin.transport.descriptor import RegionDescriptor
+    from snowskin.transport.grants import Grant, GrantedRanges
+
+log = logging.getLogger("snowskin.transport.copying")
 
 INLINE_NBYTES = 256 * 1024
 SILENT_PIECE_NBYTES = 16 << 20  # about 1 ms: how late a deadline or a cancellation may be seen
@@ -31,8 +48,18 @@ _SMALL_NBYTES = 16 * 1024
 MovePiece = Callable[[MemoryRegion, int, MemoryRegion, int, int, float], None]
 """`(target, target_offset, source, source_offset, nbytes, deadline_s)`: lands one piece."""
 
-TellOwner = Callable[[int, bool, bytes], None]
-"""`(nbytes, is_push, note)`: tells the owner of a region that a transfer is complete."""
+
+class MemoryLink(Protocol):
+    """What goes between the two sides of memory that both can reach, beside the bytes."""
+
+    def check(self, now_s: float) -> None:
+        """Raises GrantRefused, RegionExpired or PeerLost where the owner's word is no good any more."""
+
+    def tell(self, nbytes: int, *, is_push: bool, note: bytes, deadline_s: float) -> None:
+        """Tells the owner that a transfer is complete."""
+
+    def close(self) -> None:
+        """Says that this side has closed the region. Idempotent."""
 
 
 def move_piece(
@@ -69,9 +96,14 @@ def move_piece(
 
 
 class AttachedMemory(AttachedRegion):
-    """A peer's region in this process's address space."""
+    """A peer's region in this process's address space.
 
-    __slots__ = ("_population", "tell_owner")
+    Attributes:
+        link: to its owner; None where nothing but the grant's life ends it.
+        ranges: what of it is granted; None where all is.
+    """
+
+    __slots__ = ("_confirmed", "_population", "link", "ranges")
 
     memory: MemoryRegion
 
@@ -83,10 +115,12 @@ class AttachedMemory(AttachedRegion):
         peer: str,
         expires_at_s: float,
         forget: Callable[[AttachedRegion], None],
-        tell_owner: TellOwner | None,
+        confirmed: Callable[[AttachedMemory, int], None],
+        link: MemoryLink | None,
+        ranges: GrantedRanges | None,
         population: Population | None = None,
     ) -> None:
-        """`forget` is called once, when the region is closed."""
+        """`forget` is called once, when the region is closed; `confirmed` whenever a view's reader looks back."""
         super().__init__(
             descriptor,
             peer=peer,
@@ -95,20 +129,56 @@ class AttachedMemory(AttachedRegion):
             forget=forget,
             memory=memory,
         )
+        self.link = link
+        self.ranges = ranges
+        self._confirmed = confirmed
         self._population = population
-        self.tell_owner = tell_owner
+
+    def view(self, offset: int, nbytes: int) -> RegionView:
+        """Shows a range where it lies, without a copy; what is read counts once its `confirm` returned.
+
+        Raises:
+            OutOfBounds: outside the region, or not granted. RegionExpired, GrantRefused, PeerLost,
+            TransportClosed: as a transfer would.
+        """
+        array = self.memory.buffer  # taken first: what is closed later stays readable
+        self._confirmed(self, 0)
+        check_bounds([Run(offset, 0, nbytes)], remote_nbytes=self.nbytes, local_nbytes=self.nbytes)
+        self.check_ranges([Run(offset, 0, nbytes)])
+        return RegionView(array[offset : offset + nbytes], functools.partial(self._confirmed, self))
+
+    def check_ranges(self, runs: Sequence[Run]) -> None:
+        """Raises OutOfBounds where a run leaves what was granted."""
+        if self.ranges is None:
+            return
+        for index, (offset, _, nbytes) in enumerate(runs):
+            if not self.ranges.contain(offset, nbytes):
+                raise OutOfBounds(
+                    f"run {index} of {len(runs)}: {nbytes} bytes at {offset} were not granted; "
+                    "nothing was moved",
+                    hint="ask for what the grant covers",
+                )
+
+    def check_owner(self, now_s: float) -> None:
+        """Raises PeerLost where the owner is gone, and what its link says."""
+        if self.lost:
+            raise PeerLost(f"{self.peer} is gone", hint="attach another replica")
+        if self.link is not None:
+            self.link.check(now_s)
 
     def populated(self, timeout_s: float) -> bool:
         """Whether the pages that `populate` asked for are in, after at most `timeout_s`."""
         return self._population is None or self._population.wait(timeout_s)
 
     def close(self) -> None:
-        """Ends the attachment; the mapping goes with the last copy that uses it. Idempotent."""
+        """Ends the attachment; the mapping goes with the last copy or view that uses it. Idempotent."""
         if self._population is not None:
             self._population.stop()
             self._population = None
         super().close()
         self.memory.close()
+        if self.link is not None:
+            self.link.close()
 
 
 class CopyingTransport(OrderedTransport):
@@ -142,7 +212,8 @@ class CopyingTransport(OrderedTransport):
         peer: str,
         asked_at_s: float | None,
         populate: bool,
-        tell_owner: TellOwner | None = None,
+        link: MemoryLink | None = None,
+        ranges: GrantedRanges | None = None,
     ) -> AttachedMemory:
         """Keeps `memory` as the peer's region until it, or the transport, is closed."""
         asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
@@ -153,7 +224,9 @@ class CopyingTransport(OrderedTransport):
             peer=peer,
             expires_at_s=asked_at_s + descriptor.expires_in_s,
             forget=self.forget,
-            tell_owner=tell_owner,
+            confirmed=self._confirmed,
+            link=link,
+            ranges=ranges,
             population=population,
         )
         self.keep(region)
@@ -163,11 +236,14 @@ class CopyingTransport(OrderedTransport):
         """Copies piece by piece, on the calling thread."""
         remote, local, runs, is_pull, deadline_s, piece_nbytes, landed, _, note, control = order
         assert isinstance(remote, AttachedMemory), "what is attached here is memory"
-        if note and remote.tell_owner is None:
+        link = remote.link
+        if note and link is None:
             raise TransportUnavailable(
                 f"{remote.peer} cannot be told that a transfer is complete",
-                hint="give `describe` an on_done, and pass what it needs for notes",
+                hint="give `describe` an on_done, and `attach` the link that comes of it",
             )
+        if remote.ranges is not None:
+            remote.check_ranges(runs)
         memory = remote.memory
         if landed is None:
             # With a callback the caller's runs stay apart: a piece never crosses their boundaries.
@@ -180,15 +256,55 @@ class CopyingTransport(OrderedTransport):
         for remote_offset, local_offset, size in pieces(runs, piece_nbytes):
             if told or now_s() >= deadline_s:
                 order.check(now_s())
+            if link is not None:
+                remote.check_owner(now_s())
             if is_pull:
                 move(local, local_offset, memory, remote_offset, size, deadline_s)
             else:
                 move(memory, remote_offset, local, local_offset, size, deadline_s)
             if told:
                 order.moved(local_offset, size)
+        if link is not None:  # what was read before it took the grant back is good, no later byte
+            remote.check_owner(now_s())
 
     def tell_owner(self, order: Order, nbytes: int) -> None:
         """Tells the owner at once."""
         assert isinstance(order.remote, AttachedMemory), "carry_out looked"
-        assert order.remote.tell_owner is not None, "carry_out looked"
-        order.remote.tell_owner(nbytes, not order.is_pull, order.note)
+        assert order.remote.link is not None, "carry_out looked"
+        order.remote.link.tell(
+            nbytes, is_push=not order.is_pull, note=order.note, deadline_s=order.deadline_s
+        )
+
+    def complete(self, grant: Grant, nbytes: int, *, is_push: bool, note: bytes) -> None:
+        """A peer says that it completed a transfer; what the owner's callback raises is the owner's."""
+        if grant.on_done is None:
+            return
+        try:
+            grant.on_done(
+                Completion(
+                    capability=grant.descriptor.capability,
+                    nbytes=nbytes,
+                    is_push=is_push,
+                    note=note,
+                )
+            )
+        except Exception:
+            log.exception("on_done failed")
+
+    def _confirmed(self, region: AttachedMemory, nbytes: int) -> None:
+        """What a view says before (0 bytes) and after its bytes were read; counted as a pull, or by why not."""
+        try:
+            now_s = self.now_s()
+            if self.closed or region.closed:
+                raise TransportClosed("the region of this view is closed")
+            if now_s >= region.expires_at_s:
+                raise RegionExpired(
+                    f"the grant ran out {now_s - region.expires_at_s:.3f} s ago",
+                    hint="match again and read under the new lease",
+                )
+            region.check_owner(now_s)
+        except TransportError as error:
+            self.count_failure(error)
+            raise
+        if nbytes:
+            self.count_moved(True, TrafficClass.DECODE_CRITICAL, nbytes)

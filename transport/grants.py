@@ -235,6 +235,10 @@ class GrantTable:
             raise _refused()
         return grant
 
+    def get(self, capability: bytes) -> Grant | None:
+        """A living grant, for an owner who knows its peer otherwise."""
+        return self._grants.get(capability)
+
     def renew(self, capability: bytes, *, expires_in_s: float, now_s: float) -> None:
         """Gives a grant a new life from now on; GrantRefused where it is gone or over."""
         grant = self._grants.get(capability)

@@ -9,7 +9,6 @@ Not a mock: it is what a single process uses to talk to itself, and it is the re
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,14 +24,13 @@ from snowskin.transport.errors import (
     TransportClosed,
     TransportError,
 )
-from snowskin.transport.grants import Completion, Grant
+from snowskin.transport.grants import Grant
 from snowskin.transport.memory import LandingRange, MemoryRegion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from snowskin.transport.descriptor import RegionDescriptor
-    from snowskin.transport.grants import GrantTable
     from snowskin.transport.ordered import Order
 
 
@@ -59,21 +57,22 @@ class LoopbackNetwork:
 
     def __init__(self) -> None:
         """An empty network."""
-        self._tables: list[GrantTable] = []
+        self._owners: list[LoopbackTransport] = []
 
-    def join(self, grants: GrantTable) -> None:
+    def join(self, owner: LoopbackTransport) -> None:
         """Makes what is granted there reachable."""
-        self._tables.append(grants)
+        self._owners.append(owner)
 
-    def find(self, descriptor: RegionDescriptor) -> Grant:
-        """The owner's grant; GrantRefused where nobody gave it."""
-        for table in self._tables:
+    def find(self, descriptor: RegionDescriptor) -> tuple[LoopbackTransport, Grant]:
+        """The owner and its grant; GrantRefused where nobody gave it."""
+        for owner in self._owners:
             with contextlib.suppress(GrantRefused):
-                return table.find(
+                grant = owner.grants.find(
                     descriptor.capability,
                     epoch=descriptor.epoch,
                     generation=descriptor.generation,
                 )
+                return owner, grant
         raise GrantRefused("no such grant in this process", hint="it was taken back, or forged")
 
 
@@ -96,7 +95,7 @@ class LoopbackTransport(CopyingTransport):
             silent_piece_nbytes=0,  # faults count pieces as they were asked for
         )
         self._network = network or LoopbackNetwork()
-        self._network.join(self.grants)
+        self._network.join(self)
         self._faults = LoopbackFaults()
         self._num_pieces = 0
         self._released = threading.Event()
@@ -128,7 +127,7 @@ class LoopbackTransport(CopyingTransport):
     ) -> AttachedMemory:
         """Finds the owner's grant; descriptors (`fd`, `link_fd`) mean nothing here."""
         self.check_scheme(descriptor)
-        grant = self._network.find(descriptor)
+        owner, grant = self._network.find(descriptor)
         if grant.region.nbytes != descriptor.nbytes:
             raise BadDescriptor(
                 f"the region has {grant.region.nbytes} bytes, {descriptor.nbytes} were described"
@@ -144,25 +143,27 @@ class LoopbackTransport(CopyingTransport):
             peer="this process",
             asked_at_s=asked_at_s,
             populate=populate,
-            tell_owner=functools.partial(_tell, grant),
+            link=_GrantLink(owner, grant),
+            ranges=grant.ranges,
         )
 
     def carry_out(self, order: Order) -> None:
         """Copies what the owner's grant allows."""
-        grant = order.remote.memory.owner if order.remote.memory is not None else None
-        assert isinstance(grant, Grant), "what is attached here is another's grant"
+        assert isinstance(order.remote, AttachedMemory), "what is attached here is memory"
+        assert isinstance(order.remote.link, _GrantLink), "what is attached here is another's grant"
+        link = order.remote.link
         ranges = [(run.remote_offset, run.nbytes) for run in order.runs]
         try:
-            grant.check(ranges, is_push=not order.is_pull, now_s=self.now_s())
+            nbytes = link.grant.check(ranges, is_push=not order.is_pull, now_s=self.now_s())
         except TransportError as error:
-            self.count_refused(error.reason)
+            link.owner.count_refused(error.reason)
             raise
         try:
             super().carry_out(order)
         except PeerLost:
             order.remote.lost = True
             raise
-        self.count_served(sum(nbytes for _, nbytes in ranges))
+        link.owner.count_served(nbytes)
 
     def close(self) -> None:
         """Closes what is attached and wakes what waits; idempotent."""
@@ -238,10 +239,20 @@ def _piece_of_peer(region: MemoryRegion, now_s: float) -> Iterator[None]:
         grant.end_piece()
 
 
-def _tell(grant: Grant, nbytes: int, is_push: bool, note: bytes) -> None:
-    if grant.on_done is not None:
-        grant.on_done(
-            Completion(
-                capability=grant.descriptor.capability, nbytes=nbytes, is_push=is_push, note=note
-            )
-        )
+class _GrantLink:
+    """The owner is in this process: it is asked, and told, at once."""
+
+    def __init__(self, owner: LoopbackTransport, grant: Grant) -> None:
+        self.owner = owner
+        self.grant = grant
+
+    def check(self, now_s: float) -> None:
+        if self.grant.region.closed:
+            raise PeerLost("the peer closed this region", hint="attach another replica")
+        self.grant.check((), is_push=False, now_s=now_s)
+
+    def tell(self, nbytes: int, *, is_push: bool, note: bytes, deadline_s: float) -> None:
+        self.owner.complete(self.grant, nbytes, is_push=is_push, note=note)
+
+    def close(self) -> None:
+        pass

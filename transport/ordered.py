@@ -492,11 +492,15 @@ class OrderedTransport(ABC):
         if note:
             self.tell_owner(order, nbytes)
         num_runs = len(runs) if len(runs) < 2 else len(joined(runs))
+        self.count_moved(is_pull, traffic, nbytes)
+        return _new(TransferReport, (nbytes, num_runs, ended_s - started_s))
+
+    def count_moved(self, is_pull: bool, traffic: TrafficClass, nbytes: int) -> None:
+        """Counts one pull or push that is complete."""
         with self._lock:
             moved = self._moved[is_pull][traffic]
             moved[0] += 1
             moved[1] += nbytes
-        return _new(TransferReport, (nbytes, num_runs, ended_s - started_s))
 
     def count_failure(self, error: TransportError) -> None:
         """Counts by kind."""

@@ -301,7 +301,7 @@ class ServingLoop:
             return 0
         if events & ~_OUT:
             self._hear(link)
-            if served.phase is Phase.SENDING and not served.out:
+            if served.phase is Phase.SENDING and not (served.out or served.news):
                 transfer = served.transfer
                 assert transfer is not None, "in this phase there is one"
                 if transfer.nbytes <= SMALL_NBYTES or not self._turns:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.pool.arena import Arena
     from snowskin.kvstore.session import Session
     from snowskin.transport.api import Transport
+    from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.errors import SnowskinError
 
 Answer = Callable[[int, "ReplyMessage | SnowskinError"], None]
@@ -73,6 +74,7 @@ class NodeShell:
         self._answers: dict[SessionId, Answer] = {}
         self._brief: set[SessionId] = set()
         self._boards: dict[SessionId, ReleaseBoard] = {}
+        self._mapped: dict[SessionId, list[RegionDescriptor]] = {}
         self._watchers: list[Callable[[], None]] = []
         self._num_told = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -107,6 +109,8 @@ class NodeShell:
         if self._answers.pop(session.id, None) is None:
             return
         self._close_board(session)
+        for descriptor in self._mapped.pop(session.id, ()):
+            self._transport.revoke(descriptor)
         if session.id in self._brief:
             self._brief.remove(session.id)
         else:
@@ -212,9 +216,7 @@ class NodeShell:
                     pool_id=pool_id,
                     tier=pools[pool_id].tier,
                     nbytes=arena.nbytes,
-                    region=self._transport.describe(
-                        self._regions[pool_id], epoch=self.state.epoch
-                    ).to_bytes(),
+                    region=self._describe(session, pool_id).to_bytes(),
                 )
                 for pool_id, arena in self.arenas.items()
                 if pools[pool_id].tenant == session.tenant
@@ -241,11 +243,19 @@ class NodeShell:
             board.close()
 
     def _register(self, arena: Arena) -> MemoryRegion:
-        descriptor = arena.open_read_only()
+        descriptor = arena.open_read_write()
         try:
-            return self._transport.register(Memfd(fd=descriptor), writable=False)
+            return self._transport.register(Memfd(fd=descriptor))
         finally:
             os.close(descriptor)
+
+    def _describe(self, session: Session, pool_id: int) -> RegionDescriptor:
+        """What a session on the local door maps, until it ends."""
+        descriptor = self._transport.describe(
+            self._regions[pool_id], writable=session.may_write, epoch=self.state.epoch
+        )
+        self._mapped.setdefault(session.id, []).append(descriptor)
+        return descriptor
 
     def _read_boards(self, now_s: float) -> None:
         for session_id, board in list(self._boards.items()):

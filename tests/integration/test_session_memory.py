@@ -1,0 +1,28 @@
+"""What a session on the local door may map: for as long as it lives, and for writing only where it said so."""
+
+from __future__ import annotations
+
+import pytest
+
+from snowskin.transport.descriptor import RegionDescriptor
+from tests.support.served_node import ServedNode
+
+
+@pytest.mark.parametrize("may_write", [True, False])
+async def test_a_sessions_grants_say_what_it_may_and_end_with_it(may_write):
+    node = ServedNode()
+    shell = node.shell
+    try:
+        sessions = [
+            shell.open_session("c", lambda *_: None, maps_memory=True, may_write=may_write)
+            for _ in range(3)
+        ]
+        greetings = [shell.greeting(session) for session in sessions]
+        for greeting in greetings:
+            assert RegionDescriptor.from_bytes(greeting.pools[0].region).writable is may_write
+        assert shell._transport.statistics().num_grants == 3
+        for session in sessions:
+            shell.end_session(session)
+        assert shell._transport.statistics().num_grants == 0
+    finally:
+        shell.close()
