@@ -306,7 +306,7 @@ def test_what_breaks_the_protocol_ends_the_connection_and_nothing_else(owner, gr
             before = owner.statistics()
             with RawReader(reachable(grant), hello=greets) as reader:
                 reader.send(data)
-                answer = reader.hear()
+                answer = reader.hear(1.0)  # at once, not when a time-out comes
                 if answer is not None:
                     assert isinstance(answer, Fail), (what, answer)
                     assert (answer.op, answer.reason) == (0, "BAD_FRAME"), what
