@@ -257,7 +257,7 @@ class Owner:
                 raise BadFrame(f"a reader says {type(frame).__name__.upper()}")
 
     def _take_ask(self, session: Session, ask: Ask, position: int) -> None:
-        if False:
+        if ask.op in session.served:
             raise BadFrame(f"op {ask.op} is under way")
         try:
             if len(session.served) >= self._settings.max_transfers:

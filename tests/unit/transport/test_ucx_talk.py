@@ -1,0 +1,469 @@
+"""What `ucx` peers answer to each lie, without UCX: the ends of `tests/fuzz/ucx_conversations.py`, one story each."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from snowskin.transport.api import RegionDescriptor, TrafficClass
+from snowskin.transport.errors import BadDescriptor, PeerLost, TransportUnavailable
+from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welcome, encode
+from snowskin.transport.grants import Completion, GrantTable, Range
+from snowskin.transport.memory import region_of
+from snowskin.transport.ordered import Order
+from snowskin.transport.ucx import UcxRegion
+from snowskin.transport.ucx_conversation import Cursor, FairQueue
+from snowskin.transport.ucx_owner import Owner
+from snowskin.transport.ucx_reader import Mailbox, Reader
+from snowskin.transport.ucx_settings import CHUNK_NBYTES, UcxSettings, is_hardware
+from snowskin.transport.ucx_wire import (
+    ONE_SIDED,
+    MessageHead,
+    MessageKind,
+    Reach,
+    decode_frame,
+)
+from tests.fuzz.conversations import CAPABILITIES, WANTED, Ledger
+from tests.fuzz.ucx_conversations import (
+    HELLO,
+    PULL,
+    PUSH,
+    SEALED,
+    SESSION,
+    SETTINGS,
+    WELCOME,
+    Thread,
+    with_payload,
+)
+
+FRAME, DATA, TAKEN, STOP = (
+    MessageKind.FRAME,
+    MessageKind.DATA,
+    MessageKind.TAKEN,
+    MessageKind.STOP,
+)
+
+
+class OwnerStage:
+    """An owner with 16 MiB, granted whole for reading and writing, and one greeted reader."""
+
+    nbytes = 16 << 20
+
+    def __init__(self, settings: UcxSettings = SETTINGS) -> None:
+        self.memory = np.arange(self.nbytes, dtype=np.uint32).astype(np.uint8)
+        self.region = region_of(self.memory)
+        self.grants, self.ledger, self.thread = GrantTable(), Ledger(), Thread()
+        self.completions: list[Completion] = []
+        for capability in CAPABILITIES:
+            described = RegionDescriptor(
+                scheme="ucx",
+                capability=capability,
+                nbytes=self.nbytes,
+                epoch=7,
+                generation=3,
+                writable=capability == CAPABILITIES[1],
+            )
+            self.grants.add(
+                described, self.region, None, now_s=0.0, on_done=self.completions.append
+            )
+        thread: Any = self.thread
+        self.owner = Owner(
+            lambda: thread, settings, self.grants, self.ledger, lambda: 1.0, lambda call: call()
+        )
+
+    def greet(self, session: bytes = SESSION, hello: Any = HELLO) -> None:
+        self.hear(MessageKind.HELLO, payload=hello.encode(), session=session)
+
+    def hear(
+        self,
+        kind: MessageKind,
+        op: int = 0,
+        position: int = 0,
+        payload: bytes = b"",
+        session: bytes = SESSION,
+    ) -> None:
+        head = MessageHead(session, kind, op, position)
+        with_payload(payload, functools.partial(self.owner.arrive, head))
+
+    def frame(self, frame: Frame, position: int = 0) -> None:
+        self.hear(FRAME, position=position, payload=encode(frame))
+
+    def frames(self) -> list[Frame]:
+        """What the owner said in frames since it was asked last."""
+        said, self.thread.endpoint.said = self.thread.endpoint.said, []
+        return [decode_frame(payload) for head, payload in said if head.kind is FRAME]
+
+    def num_data(self) -> int:
+        return sum(head.kind is DATA for head, _ in self.thread.endpoint.said)
+
+
+@pytest.fixture
+def stage() -> OwnerStage:
+    made = OwnerStage()
+    made.greet()
+    assert isinstance(made.frames()[0], Welcome)
+    return made
+
+
+def test_whoever_has_no_living_grant_is_not_answered() -> None:
+    stage = OwnerStage()
+    for hello in (
+        replace(HELLO, capability=b"?" * 16),
+        replace(HELLO, epoch=6),
+        replace(HELLO, generation=4),
+    ):
+        stage.greet(hello=hello)
+    assert not stage.thread.endpoint.said
+    assert stage.owner.num_sessions == 0
+    assert stage.ledger.counts == {"GRANT_REFUSED": 3}
+
+
+def test_grant_whose_life_is_over_greets_nobody() -> None:
+    stage = OwnerStage()
+    stage.grants.renew(CAPABILITIES[0], expires_in_s=1.0, now_s=0.0)
+    stage.greet()
+    assert not stage.thread.endpoint.said
+    assert stage.ledger.counts == {"GRANT_REFUSED": 1}
+
+
+def test_peers_beyond_the_limit_are_not_answered() -> None:
+    stage = OwnerStage(replace(SETTINGS, max_sessions=2))
+    for number in range(5):
+        stage.greet(session=bytes([number]) * 16)
+    assert stage.owner.num_sessions == 2
+    assert stage.ledger.counts == {"PEER_BUSY": 3}
+
+
+def test_messages_of_an_unknown_session_are_dropped(stage: OwnerStage) -> None:
+    stage.hear(FRAME, payload=encode(PULL), session=b"another session!")
+    assert not stage.thread.endpoint.said
+
+
+@pytest.mark.parametrize(
+    ("ask", "reason"),
+    [
+        (PULL._replace(capability=b"?" * 16), "GRANT_REFUSED"),
+        (PULL._replace(epoch=8), "GRANT_REFUSED"),
+        (PULL._replace(generation=2), "GRANT_REFUSED"),
+        (PULL._replace(ranges=(Range(OwnerStage.nbytes - 1, 2),)), "OUT_OF_BOUNDS"),
+        (PUSH._replace(capability=CAPABILITIES[0]), "REGION_READ_ONLY"),
+    ],
+)
+def test_what_was_not_granted_is_refused_and_the_session_lives(
+    stage: OwnerStage, ask: Any, reason: str
+) -> None:
+    stage.frame(ask)
+    (fail,) = stage.frames()
+    assert isinstance(fail, Fail)
+    assert (fail.op, fail.reason) == (1, reason)
+    assert stage.ledger.counts == {reason: 1}
+    stage.frame(Ping(op=9))
+    assert stage.frames() == [Pong(op=9)]
+
+
+def test_pull_sends_no_more_than_the_peer_has_room_for(stage: OwnerStage) -> None:
+    window = SETTINGS.max_chunks_unacknowledged
+    stage.frame(PULL._replace(ranges=(Range(0, stage.nbytes),), wants_done=False))
+    assert stage.num_data() == window
+    stage.hear(TAKEN, 1, 2 * CHUNK_NBYTES)
+    assert stage.num_data() == window + 2
+
+
+def test_pull_is_served_once_the_peer_took_all_and_its_note_is_told_once(stage: OwnerStage) -> None:
+    stage.frame(PULL._replace(ranges=(Range(5, 300), Range(1000, 50))))
+    ((_, data),) = [each for each in stage.thread.endpoint.said if each[0].kind is DATA]
+    assert data == stage.memory[5:305].tobytes() + stage.memory[1000:1050].tobytes()
+    stage.hear(TAKEN, 1, 350)
+    assert stage.ledger.counts["served"] == 0, "DONE was promised"
+    stage.frame(Done(op=1, note=b"mine"))
+    stage.frame(Done(op=1, note=b"again"))
+    assert stage.ledger.counts == {"served": 1}
+    assert [(c.note, c.nbytes, c.is_push) for c in stage.completions] == [(b"mine", 350, False)]
+
+
+def test_push_lands_where_it_was_granted_and_is_acknowledged(stage: OwnerStage) -> None:
+    stage.frame(PUSH._replace(ranges=(Range(10, 4), Range(100, 6))))
+    stage.hear(DATA, 1, 0, b"abcde")
+    stage.hear(DATA, 1, 5, b"fghij")
+    assert stage.memory[10:14].tobytes() + stage.memory[100:106].tobytes() == b"abcdefghij"
+    assert stage.frames() == [Clear(op=1), Done(op=1, note=b"")]
+    assert [(c.note, c.nbytes, c.is_push) for c in stage.completions] == [(b"note", 10, True)]
+    assert stage.ledger.counts == {"served": 1}
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        (DATA, 1, 1, b"not in order"),
+        (DATA, 1, 0, bytes(200)),
+        (DATA, 1, 0, b""),
+        (TAKEN, 1, 4, b""),
+        (FRAME, 0, 0, encode(PUSH)),
+        (FRAME, 0, 0, encode(Done(op=1, note=b""))),
+        (FRAME, 0, 0, encode(WELCOME)),
+        (FRAME, 0, 0, b"no frame at all, but long enough for a head"),
+        (MessageKind.HELLO, 0, 0, HELLO.encode()),
+    ],
+)
+def test_breach_during_a_push_ends_the_session_and_moves_nothing(
+    stage: OwnerStage, lie: Any
+) -> None:
+    before = stage.memory.copy()
+    stage.frame(PUSH)
+    stage.hear(*lie)
+    assert stage.owner.num_sessions == 0
+    assert np.array_equal(stage.memory, before)
+    assert stage.ledger.counts == {"BAD_FRAME": 1, "failed": 1}
+    stage.hear(DATA, 1, 0, b"late")
+    assert np.array_equal(stage.memory, before)
+
+
+@pytest.mark.parametrize("position", [0, 301, 1 << 40])
+def test_peer_that_took_what_was_never_sent_breaks_the_protocol(
+    stage: OwnerStage, position: int
+) -> None:
+    stage.frame(PULL._replace(ranges=(Range(0, 300),)))
+    stage.hear(TAKEN, 1, position)
+    assert stage.owner.num_sessions == 0
+
+
+def test_revoked_grant_stops_a_pull_at_its_next_chunk(stage: OwnerStage) -> None:
+    stage.frame(PULL._replace(ranges=(Range(0, stage.nbytes),)))
+    stage.frames()
+    stage.grants.revoke(CAPABILITIES[0])
+    stage.hear(TAKEN, 1, CHUNK_NBYTES)
+    (fail,) = stage.frames()
+    assert isinstance(fail, Fail)
+    assert fail.reason == "GRANT_REFUSED"
+    assert stage.ledger.counts == {"failed": 1}
+
+
+def test_pull_that_is_given_up_sends_no_more(stage: OwnerStage) -> None:
+    stage.frame(PULL._replace(ranges=(Range(0, stage.nbytes),)))
+    stage.hear(STOP, 1)
+    stage.thread.endpoint.said.clear()
+    stage.hear(TAKEN, 1, CHUNK_NBYTES)
+    assert not stage.thread.endpoint.said
+    assert stage.ledger.counts == {"failed": 1}
+
+
+def test_owner_that_offers_no_one_sided_access_clears_none(stage: OwnerStage) -> None:
+    stage.frame(PULL, ONE_SIDED)
+    (fail,) = stage.frames()
+    assert isinstance(fail, Fail)
+    assert fail.reason == "TRANSPORT_UNAVAILABLE"
+    trusting = OwnerStage(replace(SETTINGS, trusted_network=True))
+    trusting.greet()
+    trusting.frame(PULL, ONE_SIDED | 1000)
+    assert trusting.frames()[1:] == [Clear(op=1)]
+    assert not trusting.num_data()
+    trusting.frame(Done(op=1, note=b"mine"))
+    assert [each.nbytes for each in trusting.completions] == [1000 + 356]
+
+
+def test_push_that_goes_one_sided_takes_no_bytes_by_message() -> None:
+    stage = OwnerStage(replace(SETTINGS, trusted_network=True))
+    stage.greet()
+    stage.frame(PUSH, ONE_SIDED)
+    stage.hear(DATA, 1, 0, b"abc")
+    assert stage.owner.num_sessions == 0
+
+
+def test_more_urgent_pulls_send_first() -> None:
+    stage = OwnerStage(replace(SETTINGS, max_chunks_posted=1))
+    stage.greet()
+    held: list[Any] = []
+    stage.thread.endpoint.send = lambda header, payload, done: (  # type: ignore[method-assign]
+        held.append((MessageHead.decode(header, 0), done))
+    )
+    for op, traffic in ((1, 2), (2, 2), (3, 0), (4, 1)):
+        whole = (Range(0, CHUNK_NBYTES),)
+        stage.frame(PULL._replace(op=op, traffic=traffic, ranges=whole, wants_done=False))
+    order = []
+    while held:
+        head, done = held.pop(0)
+        if head.kind is DATA:
+            order.append(head.op)
+        done(None)
+    assert order == [1, 3, 4, 2], "the first one was on its way already"
+
+
+class ReaderStage:
+    """A reader with one transfer under way, op 1, whose owner has said WELCOME."""
+
+    def __init__(self, *, is_push: bool = False, position: int = 0) -> None:
+        self.local = region_of(np.zeros(1024, dtype=np.uint8))
+        self.thread = Thread()
+        thread: Any = self.thread
+        self.reader = Reader(lambda: thread, SETTINGS)
+        reach = Reach(name="the-owner", address=b"where it is")
+        remote = UcxRegion(
+            SEALED, reach, writable=True, expires_at_s=1e9, forget=lambda _region: None
+        )
+        order = Order(
+            remote, self.local, WANTED, not is_push, 1e9, 64, None, TrafficClass.PREFETCH, b"", None
+        )
+        ranges = tuple(Range(run.remote_offset, run.nbytes) for run in WANTED)
+        ask = (PUSH if is_push else PULL)._replace(ranges=ranges)
+        self.mailbox = Mailbox(order, ask, position)
+        self.reader.attach(reach.address)
+        self.reader.begin(self.mailbox, reach, SEALED)
+        self.session = self.thread.endpoint.said[0][0].session
+        self.hear(FRAME, payload=encode(WELCOME))
+
+    def hear(self, kind: MessageKind, op: int = 0, position: int = 0, payload: bytes = b"") -> None:
+        head = MessageHead(self.session, kind, op, position)
+        with_payload(payload, functools.partial(self.reader.arrive, head))
+
+    def next(self) -> object:
+        return self.mailbox.next(lambda: 0.0)
+
+
+PULL_LIES = [
+    (DATA, 1, 1, b"not in order"),
+    (DATA, 1, 0, bytes(151)),
+    (DATA, 1, 0, b""),
+    (TAKEN, 1, 5, b""),
+    (FRAME, 0, 0, encode(Clear(op=1))),
+    (FRAME, 0, 0, encode(Done(op=1, note=b""))),
+    (FRAME, 0, 0, encode(PULL)),
+    (STOP, 1, 0, b""),
+]
+
+
+@pytest.mark.parametrize("lie", PULL_LIES)
+def test_owner_that_breaks_the_protocol_is_lost(lie: Any) -> None:
+    stage = ReaderStage()
+    stage.hear(*lie)
+    with pytest.raises(PeerLost, match="the-owner breaks the protocol"):
+        stage.next()
+    assert stage.reader.num_links == 0
+
+
+@pytest.mark.parametrize("taken", [0, 11, 150])
+def test_owner_that_took_of_a_push_what_was_not_sent_is_lost(taken: int) -> None:
+    stage = ReaderStage(is_push=True)
+    stage.hear(FRAME, payload=encode(Clear(op=1)))
+    assert stage.next() == Clear(op=1)
+    stage.mailbox.sent = 10
+    stage.hear(TAKEN, 1, taken)
+    with pytest.raises(PeerLost, match="the-owner"):
+        stage.next()
+
+
+def test_one_sided_transfer_takes_no_bytes_by_message() -> None:
+    stage = ReaderStage(position=ONE_SIDED)
+    stage.hear(FRAME, payload=encode(Clear(op=1)))
+    assert stage.next() == Clear(op=1)
+    stage.hear(DATA, 1, 0, b"abc")
+    with pytest.raises(PeerLost):
+        stage.next()
+
+
+def test_refusal_comes_back_as_the_owners_error() -> None:
+    stage = ReaderStage()
+    fail = Fail(op=1, reason="REGION_EXPIRED", retry_after_ms=0, message="it ran out")
+    stage.hear(FRAME, payload=encode(fail))
+    with pytest.raises(Exception, match="the-owner refused it: it ran out") as caught:
+        stage.next()
+    assert type(caught.value).__name__ == "RegionExpired"
+    assert stage.reader.num_links == 1
+
+
+def test_lost_owner_is_asked_again_only_after_a_pause() -> None:
+    stage = ReaderStage()
+    stage.hear(*PULL_LIES[0])
+    again = Mailbox(stage.mailbox.order, stage.mailbox.ask, 0)
+    region: Any = stage.mailbox.order.remote
+    stage.reader.begin(again, region.reach, SEALED)
+    with pytest.raises(PeerLost, match="a moment ago") as caught:
+        again.next(lambda: 0.0)
+    assert 0 < (caught.value.retry_after_s or 0) <= SETTINGS.reconnect_s
+
+
+@pytest.mark.parametrize("at", range(len(SEALED.extra)))
+def test_descriptor_with_any_byte_changed_is_refused_before_ucx_sees_it(at: int) -> None:
+    extra = bytearray(SEALED.extra)
+    extra[at] ^= 1
+    with pytest.raises(BadDescriptor):
+        Reach.open(replace(SEALED, extra=bytes(extra)))
+
+
+def test_extra_part_belongs_to_one_descriptor_alone() -> None:
+    Reach.open(SEALED)
+    for other in (
+        {"capability": b"another one, yes"},
+        {"nbytes": SEALED.nbytes + 1},
+        {"epoch": 8},
+        {"generation": 4},
+        {"writable": True},
+    ):
+        with pytest.raises(BadDescriptor):
+            Reach.open(replace(SEALED, **other))
+
+
+def test_cursor_takes_all_bytes_once_in_spans_and_parts() -> None:
+    cursor = Cursor([(0, 10), (50, 3), (20, 7)], base=1000)
+    taken = [cursor.take(6), cursor.take(100, max_spans=2), cursor.take(100), cursor.take(100)]
+    assert taken == [[(1000, 6)], [(1006, 4), (1050, 3)], [(1020, 7)], []]
+    assert cursor.position == cursor.nbytes == 20
+
+
+def test_fair_queue_gives_the_more_urgent_first_and_a_class_in_turns() -> None:
+    queue = FairQueue(3)
+    for one, urgency in (("a", 2), ("b", 1), ("c", 1), ("d", 0)):
+        queue.add(one, urgency)
+    assert list(queue) == ["d", "b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("tls", "hardware_only"),
+    [
+        ("", False),
+        ("rc,cuda_copy,cuda_ipc", True),
+        ("rc_x, dc_x ,self", True),
+        ("rc,tcp", False),
+        ("all", False),
+        ("ib", False),
+        ("self", False),
+        ("^tcp", False),
+        ("ud", False),
+        ("cuda_copy", False),
+    ],
+)
+def test_one_sided_is_offered_only_where_hardware_checks_keys(
+    tls: str, hardware_only: bool
+) -> None:
+    settings = UcxSettings(tls=tls)
+    assert settings.hardware_only is hardware_only
+    assert settings.offers_one_sided is hardware_only
+    assert UcxSettings(tls=tls, trusted_network=True).offers_one_sided
+
+
+def test_hardware_is_known_by_the_names_that_ucx_uses() -> None:
+    assert is_hardware("rc_mlx5/mlx5_0:1")
+    assert is_hardware("cuda_ipc/cuda")
+    assert not is_hardware("tcp/eth0")
+    assert not is_hardware("ud_mlx5/mlx5_0:1")
+    assert not is_hardware("rcx")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"silence_s": 1.0}, {"get_nbytes": 0}, {"stall_s": -1.0}, {"name": ""}, {"name": "x" * 200}],
+)
+def test_settings_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(TransportUnavailable):
+        UcxSettings(**bad)
+
+
+def test_settings_go_to_ucx_by_name() -> None:
+    settings = UcxSettings(net_devices="eth1", tls="rc", more=(("IB_GID_INDEX", "3"),))
+    config = settings.config()
+    assert (config["NET_DEVICES"], config["TLS"], config["IB_GID_INDEX"]) == ("eth1", "rc", "3")
+    assert config["TCP_PUT_ENABLE"] == "n"
+    assert not any(name.startswith("UCX_") for name in config)
