@@ -386,9 +386,7 @@ class ServingLoop:
         if served.num_served and not link.proven:
             link.proven = True
             self._admission.prove(link)
-        if not link.blocked and (
-            served.phase is Phase.SENDING or (served.phase is Phase.RECEIVING and link.holds_bytes)
-        ):
+        if served.phase is Phase.SENDING and not link.blocked:
             self._turns.add(link)
         mask = _OUT if served.out else _IN | _OUT if link.blocked else _IN
         if mask != link.mask:

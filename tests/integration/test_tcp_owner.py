@@ -19,15 +19,27 @@ import pytest
 from snowskin.transport.addresses import Address
 from snowskin.transport.descriptor import RegionDescriptor, new_capability
 from snowskin.transport.errors import TransportUnavailable
-from snowskin.transport.frames import HEAD_NBYTES, Clear, Data, Done, Fail, Ping, Pong, Welcome
+from snowskin.transport.frames import (
+    HEAD_NBYTES,
+    Clear,
+    Data,
+    Done,
+    Fail,
+    Ping,
+    Pong,
+    Welcome,
+    encode,
+)
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
+from snowskin.transport.runs import Run
 from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_owner import TcpOwner
+from snowskin.transport.tcp_owner import PAUSE_S, TcpOwner
+from snowskin.transport.tcp_serving import FAREWELL_S
 from snowskin.transport.tcp_settings import TcpSettings
-from tests.support.node_process import eventually
 from tests.support.raw_tcp import HELLO, RawReader, ask_of, reachable
 from tests.support.tls_files import Authority
+from tests.support.waiting import eventually
 
 LOCALHOST = (Address("127.0.0.1", 0),)
 NBYTES = 8 << 20
@@ -103,6 +115,13 @@ def wait_for_bytes(reader):
     eventually(lambda: waiting_nbytes() > 100_000, PATIENCE_S, "bytes came")
 
 
+def clock_of_owner():
+    """How long the only serving thread has worked."""
+    (thread,) = (each for each in threading.enumerate() if "tcp-owner" in each.name)
+    assert thread.ident is not None
+    return time.pthread_getcpuclockid(thread.ident)
+
+
 @pytest.fixture
 def owned():
     with Owned() as made:
@@ -112,7 +131,7 @@ def owned():
 def test_readers_at_once_get_each_their_own_bytes():
     wrong = []
 
-    def read(descriptor, index):
+    def read(owned, descriptor, index):
         ranges = [(index * 1000 + step * 300_000, 100_000 + index) for step in range(20)]
         with owned.reader() as reader:
             for op in range(1, 6):
@@ -122,7 +141,9 @@ def test_readers_at_once_get_each_their_own_bytes():
 
     with Owned(num_serving_threads=2) as owned:
         descriptor = owned.grant()
-        threads = [threading.Thread(target=read, args=(descriptor, index)) for index in range(6)]
+        threads = [
+            threading.Thread(target=read, args=(owned, descriptor, index)) for index in range(6)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -233,7 +254,7 @@ def test_a_full_owner_drops_who_only_waits_and_refuses_when_all_have_worked():
             told = idle.hear()
             assert isinstance(told, Fail)
             assert (told.op, told.reason) == (0, "PEER_BUSY")
-            assert idle.hear() is None
+            assert idle.hear(within_s=FAREWELL_S / 2) is None
             with owned.reader(hello=False) as late:
                 assert late.hear().reason == "PEER_BUSY"
             first.socket.close()
@@ -256,22 +277,42 @@ def test_an_owner_without_descriptors_makes_room_and_goes_on(owned, monkeypatch)
     with owned.reader() as idle:
         with monkeypatch.context() as patch:
             patch.setattr(socket.socket, "accept", scarce)
+            began_s = time.monotonic()
             with owned.reader() as reader:  # waits until the owner listens again
                 assert reader.pull(descriptor, [(0, 10)])[1] is None
+        assert time.monotonic() - began_s > 2 * PAUSE_S
         assert idle.hear().reason == "PEER_BUSY"
     assert owned.ledger.counts["PEER_BUSY"] == 4  # three times of listening, one reader
     assert owned.owner.num_errors == 0
 
 
 def test_an_owner_costs_nothing_while_nothing_is_asked(owned):
-    (thread,) = (each for each in threading.enumerate() if "tcp-owner" in each.name)
-    clock = time.pthread_getcpuclockid(thread.ident)
+    clock = clock_of_owner()
     with contextlib.ExitStack() as stack:
         readers = [stack.enter_context(owned.reader()) for _ in range(20)]
         assert readers[-1].pull(owned.grant(), [(0, NBYTES)])[1] is None
         before_s = time.clock_gettime(clock)
         assert not readers[0].is_over(0.5)
         assert time.clock_gettime(clock) - before_s < 0.0005
+
+
+def test_a_reader_that_pinged_and_then_fell_silent_is_dropped_in_its_time():
+    with Owned(idle_timeout_s=0.2) as owned, owned.reader() as reader:
+        began_s = time.monotonic()
+        for op in range(3):
+            assert not reader.is_over(0.1)
+            reader.say(Ping(op=op))
+            assert reader.hear() == Pong(op=op)
+        assert reader.is_over(1.0)
+        assert time.monotonic() - began_s > 0.45
+
+
+def test_timers_do_not_pile_up(owned):
+    descriptor = owned.grant()
+    with owned.reader() as reader:
+        for op in range(1, 200):
+            assert reader.pull(descriptor, [(0, 10)], op=op)[1] is None
+        assert len(owned.owner._loops[0]._timers) < 10
 
 
 def test_closing_tells_who_waits_for_bytes_and_leaves_nothing():
@@ -336,6 +377,17 @@ def test_an_owner_listens_on_several_addresses_and_says_others():
                 assert isinstance(reader.welcome, Welcome)
 
 
+def test_one_port_is_listened_on_by_ipv4_and_ipv6_apart():
+    everywhere = {"advertise": (Address("node-7", 0),)}
+    with Owned(listen=(Address("::", 0),), **everywhere) as first:
+        port = first.owner.reachability.addresses[0].port
+        with (
+            Owned(listen=(Address("0.0.0.0", port),), **everywhere),
+            RawReader(("127.0.0.1", port)) as reader,
+        ):
+            assert isinstance(reader.welcome, Welcome)
+
+
 def test_an_address_that_is_taken_or_unknown_is_refused_and_nothing_stays(owned):
     taken = owned.owner.reachability.addresses[0]
     for address in (taken, Address("no-such-host.invalid", 0)):
@@ -376,7 +428,7 @@ def test_by_tls_the_same_bytes_come_and_go(authority):
     told = []
     with Owned(tls=authority.sign("owner")) as owned:
         assert owned.owner.reachability.tls
-        descriptor = owned.grant(on_done=told.append, writable=True)
+        descriptor, clock = owned.grant(on_done=told.append, writable=True), clock_of_owner()
         with greet_by_tls(owned, authority.sign("reader")) as reader:
             ranges = [(0, 3 << 20), *((at * 1000, 700) for at in range(500)), (9, 40_000)]
             data, fail = reader.pull(descriptor, ranges)
@@ -391,8 +443,15 @@ def test_by_tls_the_same_bytes_come_and_go(authority):
                 reader.send(part)
             assert reader.hear() == Done(op=2, note=b"")
             assert owned.bytes_of((7, 2_000_000)) == data
+            reader.say(ask_of(descriptor, [(0, 10)], is_push=True, op=5))
+            assert reader.hear() == Clear(op=5)
+            before_s = time.clock_gettime(clock)
+            assert not reader.is_over(0.1)
+            assert time.clock_gettime(clock) - before_s < 0.01  # it waits, and does not ask again
+            reader.send(encode(Data(op=5, nbytes=10)) + b"one record")
+            assert reader.hear() == Done(op=5, note=b"")
             reader.say(ask_of(descriptor, [(0, 10)], wants_done=True, op=3))
-            assert reader.transfer(10)[1] is None
+            assert reader.transfer(10) == (b"one record", None)
             reader.say(Done(op=3, note=b"read"), Ping(op=4))
             assert reader.hear() == Pong(op=4)
         assert [each.note for each in told] == [b"mine", b"read"]
@@ -432,7 +491,7 @@ def test_two_transports_speak_tls_with_each_other(authority):
     try:
         remote = reader.attach(owner.describe(owner.register(source, writable=False)))
         local = reader.register(target)
-        reader.pull(remote, local, [(0, 0, NBYTES)], deadline_s=time.monotonic() + PATIENCE_S)
+        reader.pull(remote, local, [Run(0, 0, NBYTES)], deadline_s=time.monotonic() + PATIENCE_S)
         assert target == source
     finally:
         reader.close()

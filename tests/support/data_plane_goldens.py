@@ -25,6 +25,7 @@ from snowskin.transport.frames import (
     Data,
     Done,
     Fail,
+    Frame,
     Hello,
     Ping,
     Pong,
@@ -55,7 +56,7 @@ REACHABILITY = Reachability(
     addresses=(Address("192.0.2.7", 4711), Address("2001:db8::7", 4711), Address("node-7", 1)),
     tls=True,
 )
-FRAMES = {
+FRAMES: dict[str, Frame] = {
     "hello": Hello(min_version=1, max_version=2, heartbeat_ms=1500, name="décode-3"),
     "hello without a name": Hello(min_version=1, max_version=1, heartbeat_ms=0, name=""),
     "welcome": Welcome(

@@ -86,7 +86,7 @@ class Served:
             self.said()
 
     @property
-    def phase(self):
+    def phase(self) -> Phase:
         return self.connection.phase
 
     def hear(self, *frames, now_s=0.0):
@@ -128,6 +128,7 @@ class Served:
 
     def say_news(self):
         for grant, completion in self.connection.news:
+            assert grant.on_done is not None
             grant.on_done(completion)
         return self.told
 
@@ -240,7 +241,7 @@ def test_a_pull_with_done_is_served_when_it_came():
     served = Served()
     served.hear(ask(wants_done=True))
     served.send_all()
-    assert served.phase is Phase.AWAITING_DONE
+    assert served.phase.text == "awaiting done"
     assert served.ledger.served_nbytes == []
     done = encode(Done(op=1, note=b"thanks"))
     served.hear_bytes(done[:5])
