@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 10.0
 END_S = 5.0
+PERIOD = 1_048_573
 FIRST_CANARY = 0x80  # pattern bytes are below, canaries are not
 PR_SET_PDEATHSIG = 1
 
@@ -50,7 +51,8 @@ class TestMemory:
         self, nbytes: int, *, granted: Iterable[tuple[int, int]] = (), seed: int = 0
     ) -> None:
         self.nbytes = nbytes
-        self.seed = seed
+        # Its length is a prime: what lands at a wrong place is wrong.
+        self._plain = np.random.default_rng(seed).integers(0, FIRST_CANARY, PERIOD, dtype=np.uint8)
         self.granted = [tuple(each) for each in granted]
         self.fd = os.memfd_create("snowskin-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, nbytes)
@@ -67,10 +69,7 @@ class TestMemory:
 
     def pattern(self, offset: int, nbytes: int) -> np.ndarray:
         """The bytes that are granted at `offset`, were all granted."""
-        random = np.random.default_rng(self.seed)
-        return random.integers(0, FIRST_CANARY, self.nbytes, dtype=np.uint8)[
-            offset : offset + nbytes
-        ]
+        return np.resize(np.roll(self._plain, -offset), nbytes)
 
     @property
     def canaries_are_intact(self) -> bool:
@@ -84,8 +83,7 @@ class TestMemory:
         return self.array[offset : offset + nbytes].tobytes()
 
     def _canaries(self) -> np.ndarray:
-        random = np.random.default_rng(self.seed + 1)
-        return random.integers(FIRST_CANARY, 256, self.nbytes, dtype=np.uint8)
+        return np.resize(self._plain | FIRST_CANARY, self.nbytes)
 
     def __enter__(self) -> TestMemory:
         return self
