@@ -160,7 +160,9 @@ class AttachedMemory(AttachedRegion):
                 )
 
     def check_owner(self, now_s: float) -> None:
-        """Raises PeerLost where the owner is gone, and what its link says."""
+        """Raises TransportClosed, PeerLost where the owner is gone, and what its link says."""
+        if self.closed:
+            raise TransportClosed("the peer's region was closed")
         if self.lost:
             raise PeerLost(f"{self.peer} is gone", hint="attach another replica")
         if self.link is not None:
