@@ -11,19 +11,32 @@ from typing import TYPE_CHECKING
 
 from snowskin.tools.bench.host import host_facts
 from snowskin.tools.bench.report import Report, Row
-from snowskin.tools.bench.transfer import peers, sizes
+from snowskin.tools.bench.transfer import (
+    calls,
+    control,
+    holding,
+    idle,
+    peers,
+    schedule,
+    sizes,
+)
 from snowskin.tools.bench.transfer.pair import Memory, open_pairs
 from snowskin.tools.bench.transfer.shape import (
+    MIB,
     POOL_NBYTES,
     SHAPES,
     SMOKE_POOL_NBYTES,
     SMOKE_SHAPES,
+    contiguous,
 )
 
 if TYPE_CHECKING:
     from snowskin.tools.bench.registry import BenchOptions
 
 QUESTION = "How near to memory and wire do transfers come, and how far ahead of other systems?"
+
+OTHER_POOL_NBYTES = 32 * MIB
+FEW_ROUNDS = 5  # of parts whose rounds are seconds long
 
 
 def run(options: BenchOptions) -> Report:
@@ -43,5 +56,44 @@ def run(options: BenchOptions) -> Report:
             rows += sizes.rows_of(measured)
             if measured.is_small:
                 rows.append(sizes.round_trip_row(pairs["limits"], options.runs))
-    notes = tuple(peers.told(missing))
-    return Report(bench="transfer", host=host_facts(), rows=tuple(rows), notes=notes)
+        rows += idle.idle_rows(
+            [pairs[each.pair] for each in sizes.OURS if each.name not in missing],
+            rounds=min(options.runs, FEW_ROUNDS),
+            smoke=options.smoke,
+        )
+    more_rows, more_notes = _other_parts(options)
+    return Report(
+        bench="transfer",
+        host=host_facts(),
+        rows=(*rows, *more_rows),
+        notes=(*peers.told(missing), *more_notes),
+    )
+
+
+def _other_parts(options: BenchOptions) -> tuple[list[Row], list[str]]:
+    """What is measured with processes of its own: their pools are written to, or they are busy otherwise."""
+    rounds, smoke = min(options.runs, FEW_ROUNDS), options.smoke
+    geometry = calls.SMOKE_GEOMETRY if smoke else calls.Geometry()
+    contestants = [holding.TCP, calls.TCP, *control.CONTESTANTS]
+    if not smoke:
+        contestants.append(calls.GLOO)
+    with (
+        Memory(SMOKE_POOL_NBYTES if smoke else OTHER_POOL_NBYTES) as memory,
+        open_pairs(contestants, memory) as pairs,
+    ):
+        rows = calls.calls_rows(pairs, geometry, rounds=rounds, with_gloo=not smoke)
+        late_rows, notes = calls.late_joiner(pairs, geometry)
+        rows += late_rows
+        for contestant in control.CONTESTANTS:
+            rows += control.control_rows(
+                contestant,
+                pairs[contestant.pair],
+                contiguous(MIB, repeat=1) if smoke else contiguous(16 * MIB, repeat=1),
+                rounds=rounds,
+                smoke=smoke,
+            )
+        load = holding.SMOKE_LOAD if smoke else schedule.Load()
+        rows += holding.holding_rows(
+            pairs[holding.TCP.pair], load, rounds=rounds
+        )  # writes the pool
+    return rows, notes

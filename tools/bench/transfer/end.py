@@ -7,6 +7,7 @@ with its parent.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import mmap
@@ -18,11 +19,12 @@ import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
 
 from snowskin.kvstore.checksum import RunningChecksums
+from snowskin.tools.bench.transfer import schedule
 from snowskin.tools.bench.transfer.backends import registry
 from snowskin.tools.bench.transfer.backends.api import (
     Begin,
@@ -41,6 +43,8 @@ from snowskin.transport.runs import Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from snowskin.tools.bench.transfer.backends.ours import TransportReader
 
 _PR_SET_PDEATHSIG = 1
 _DAMAGE = 0xA5
@@ -116,6 +120,7 @@ class End:
         self._landing = shared_memory(spec.landing_fd)
         self._opened: dict[str, OwnerEnd | ReaderEnd] = {}
         self._pulls: dict[tuple[str, str, bool], Pull] = {}
+        self._cases: dict[str, Pull] = {}
         self._echo: EchoThread | None = None
 
     def carry_out(self, order: Json) -> Json:
@@ -127,6 +132,14 @@ class End:
                 return self._prepare(order)
             case "pull":
                 return self._pull(order)
+            case "prepare case":
+                return self._prepare_case(order)
+            case "pull case":
+                return self._pull_case(str(order["case"]))
+            case "hold":
+                return self._hold(order)
+            case "join late":
+                return {"why": self._join_late(order)}
             case "load":
                 return self._load(order)
             case "echo":
@@ -157,7 +170,7 @@ class End:
     def _prepare(self, order: Json) -> Json:
         """Makes a pull ready, does it twice, and compares its bytes with the pool's, and its checksums."""
         name, shape, checked = _key(order)
-        runs = [Run(*run) for run in cast("list[tuple[int, int, int]]", order["runs"])]
+        runs = _runs(order)
         block_nbytes = cast("int", order["block_nbytes"])
         checks = _Checks(self._landing, block_nbytes)
         begin: Begin | None = checks.begin if checked else None
@@ -209,13 +222,71 @@ class End:
             num_pulls += 1
         return {"num_pulls": num_pulls, "seconds": time.perf_counter() - began_s}
 
+    def _prepare_case(self, order: Json) -> Json:
+        """Makes a request ready whose calls cost something beside their bytes, and verifies its bytes."""
+        name, runs = str(order["name"]), _runs(order)
+        cost_s, reader = cast("float", order["cost_s"]), cast("ReaderEnd", self._opened[name])
+        if order["one_by_one"]:
+            pulls, wait_s = [reader.prepare([run], None) for run in runs], cost_s
+        else:
+            pulls, wait_s = [reader.prepare(runs, None)], cost_s * cast("int", order["num_calls"])
+
+        def request() -> None:
+            for pull in pulls:
+                _compute_for(wait_s)
+                pull()
+
+        for _, local, nbytes in runs:
+            self._landing.bytes[local : local + nbytes] = _DAMAGE
+        request()
+        self._compare(name, runs)
+        self._cases[str(order["case"])] = request
+        return {}
+
+    def _pull_case(self, case: str) -> Json:
+        began_s = time.perf_counter()
+        self._cases[case]()
+        return {"seconds": time.perf_counter() - began_s}
+
+    def _hold(self, order: Json) -> Json:
+        """Requests through a small decode pool, by pull or by push."""
+        reader = cast("TransportReader", self._opened[str(order["name"])])
+        load = schedule.Load(**cast("dict[str, Any]", order["load"]))
+        is_pull, size = bool(order["is_pull"]), load.request_nbytes
+
+        async def move(source: int, target: int) -> None:
+            here, there = (target, source) if is_pull else (source, target)
+            await reader.move(Run(there * size, here * size, size), is_pull=is_pull)
+
+        held = asyncio.run(schedule.run(load, move, is_pull=is_pull))
+        return {
+            "held": [(each.arrived_at_s, each.reserved_at_s, each.landed_at_s) for each in held]
+        }
+
+    def _join_late(self, order: Json) -> str:
+        from snowskin.tools.bench.transfer.backends import gloo
+
+        return gloo.join_late(cast("Offer", order["offer"]))
+
     def close(self) -> None:
         """Closes what was opened."""
         self._pulls.clear()
+        self._cases.clear()
         for opened in self._opened.values():
             opened.close()
         if self._echo:
             self._echo.close()
+
+
+def _runs(order: Json) -> list[Run]:
+    return [Run(*run) for run in cast("list[tuple[int, int, int]]", order["runs"])]
+
+
+def _compute_for(seconds: float) -> None:
+    """Holds the core, as a call does that is being made; a sleep would be as long as a timer likes."""
+    until_s = time.perf_counter() + seconds
+    while time.perf_counter() < until_s:
+        pass
 
 
 def _key(order: Json) -> tuple[str, str, bool]:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -25,12 +26,14 @@ from snowskin.transport.errors import SnowskinError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from snowskin.tools.bench.transfer.backends.api import Options
+    from snowskin.tools.bench.transfer.backends.api import Offer, Options
     from snowskin.tools.bench.transfer.shape import Shape
 
 ORDER_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 5.0
 NUM_CORES = 2
+OTHERS = "others"
+"""The pair of all parts but the sizes: one of them at a time."""
 
 
 class PairFailed(SnowskinError):
@@ -161,6 +164,7 @@ class Pair:
         """Starts both processes; `open` connects them."""
         self.name = name
         self.missing: dict[str, str] = {}
+        self.offers: dict[str, Offer] = {}
         self._contestants = list(contestants)
         self._first = contestants[0]
         self._memory = memory
@@ -198,7 +202,8 @@ class Pair:
             owned = self.owner.ask({"do": "open"})
             if self._reader is None:
                 self._reader = self._start(is_owner=False, network_of=self.owner.process.pid)
-            read = self.reader.ask({"do": "open", "offers": owned["offers"]})
+            self.offers = cast("dict[str, Offer]", owned["offers"])
+            read = self.reader.ask({"do": "open", "offers": self.offers})
         except PairFailed as error:
             if not self._first.is_peer:
                 raise
@@ -210,15 +215,7 @@ class Pair:
 
     def prepare(self, name: str, shape: Shape, *, checked: bool) -> bool:
         """Makes a pull ready and verifies its bytes; False where this contestant has no such pull."""
-        order: Json = {
-            "do": "prepare",
-            "name": name,
-            "shape": shape.name,
-            "checked": checked,
-            "runs": shape.runs,
-            "block_nbytes": shape.block_nbytes,
-        }
-        return "missing" not in self.reader.ask(order)
+        return "missing" not in self.reader.ask(_prepare_order(name, shape, checked=checked))
 
     def pull(self, name: str, shape: Shape, *, checked: bool) -> Taken:
         """A round's pulls of one contestant."""
@@ -229,6 +226,60 @@ class Pair:
         cpu_s = owner_s + cast("float", taken["cpu_s"])
         seconds = cast("float", taken["seconds"])
         return Taken(seconds=seconds / shape.repeat, cpu_s=cpu_s / shape.repeat)
+
+    def prepare_calls(
+        self,
+        name: str,
+        shape: Shape,
+        case: str,
+        *,
+        cost_us: int,
+        is_one_by_one: bool,
+        num_calls: int,
+    ) -> None:
+        """Makes a request ready, a call per run or one in all, each with a cost beside its bytes."""
+        order: Json = {
+            "do": "prepare case",
+            "name": name,
+            "case": case,
+            "runs": shape.runs,
+            "cost_s": cost_us / 1e6,
+            "one_by_one": is_one_by_one,
+            "num_calls": num_calls,
+        }
+        self.reader.ask(order)
+
+    def pull_case(self, case: str) -> float:
+        """Seconds of a request that was made ready."""
+        return cast("float", self.reader.ask({"do": "pull case", "case": case})["seconds"])
+
+    def hold(self, name: str, load: Json, *, is_pull: bool) -> list[tuple[float, float, float]]:
+        """Arrived, reserved and landed of each request of a load, in seconds of one clock."""
+        order: Json = {"do": "hold", "name": name, "load": load, "is_pull": is_pull}
+        return cast("list[tuple[float, float, float]]", self.reader.ask(order)["held"])
+
+    @contextlib.contextmanager
+    def late_end(self) -> Iterator[EndProcess]:
+        """A third process beside the two, which knows nothing yet."""
+        late = self._start(is_owner=False, network_of=0)
+        try:
+            late.ask({"do": "cpu"})  # it has started
+            yield late
+        finally:
+            late.close()
+
+    def join_late(self, name: str, shape: Shape) -> float:
+        """Milliseconds in which a third process attaches, pulls and verifies."""
+        with self.late_end() as late:
+            began_s = time.perf_counter()
+            late.ask({"do": "open", "offers": self.offers})
+            late.ask(_prepare_order(name, shape, checked=False))
+            return (time.perf_counter() - began_s) * 1e3
+
+    def refused_late(self, name: str) -> str:
+        """What a third process is told that wants to join a group; empty if it may."""
+        with self.late_end() as late:
+            return str(late.ask({"do": "join late", "offer": self.offers[name]})["why"])
 
     def cpu_s(self) -> float:
         """CPU seconds of both ends so far."""
@@ -256,6 +307,17 @@ class Pair:
         for end in (self._reader, self.owner):
             if end is not None:
                 end.close()
+
+
+def _prepare_order(name: str, shape: Shape, *, checked: bool) -> Json:
+    return {
+        "do": "prepare",
+        "name": name,
+        "shape": shape.name,
+        "checked": checked,
+        "runs": shape.runs,
+        "block_nbytes": shape.block_nbytes,
+    }
 
 
 class Memory:

@@ -45,10 +45,11 @@ class TransportOwner:
     """Grants the whole pool."""
 
     def __init__(self, pool: SharedMemory, options: Options) -> None:
-        """Registers and describes."""
+        """Registers and describes; option `writable` lets the reader push, too."""
+        writable = bool(options.get("writable", False))
         self._transport = opened(options)
-        self._region = self._transport.register(Memfd(fd=pool.fd), writable=False)
-        descriptor = self._transport.describe(self._region)
+        self._region = self._transport.register(Memfd(fd=pool.fd), writable=writable)
+        descriptor = self._transport.describe(self._region, writable=writable)
         self.offer: Offer = {"descriptor": descriptor.to_bytes().hex()}
 
     def close(self) -> None:
@@ -68,7 +69,10 @@ class TransportReader:
         self._local: MemoryRegion = self._transport.register(Memfd(fd=landing.fd))
         descriptor = RegionDescriptor.from_bytes(bytes.fromhex(str(offer["descriptor"])))
         self._remote: RemoteRegion = self._transport.attach(
-            descriptor, fd=pool.fd if descriptor.scheme == "shm" else None, populate=True
+            descriptor,
+            fd=pool.fd if descriptor.scheme == "shm" else None,
+            writable=bool(options.get("writable", False)),
+            populate=True,
         )
 
     def prepare(self, runs: Sequence[Run], begin: Begin | None) -> Pull:
@@ -89,6 +93,18 @@ class TransportReader:
             )
 
         return pull_and_check if begin else pull
+
+    async def move(self, run: Run, *, is_pull: bool) -> None:
+        """One run, either way, on the event loop."""
+        deadline_s = time.monotonic() + PULL_TIMEOUT_S
+        if is_pull:
+            await self._transport.pull_async(
+                self._remote, self._local, [run], deadline_s=deadline_s
+            )
+        else:
+            await self._transport.push_async(
+                self._local, self._remote, [run], deadline_s=deadline_s
+            )
 
     def close(self) -> None:
         """Closes the transport, then the region."""

@@ -129,8 +129,8 @@ class SocketReader:
     def prepare(self, runs: Sequence[Run], begin: Begin | None) -> Pull:
         """One request; several connections only share one contiguous run, unchecked."""
         if len(self._streams) > 1:
-            if begin or len(runs) > 1:
-                raise ContestantMissing("several streams are for one contiguous run, unchecked")
+            if begin or len(runs) > 1 or runs[0].nbytes < PIECE_NBYTES:
+                raise ContestantMissing("several streams are for one large run, unchecked")
             return self._prepare_shared(runs[0])
         stream, request = self._streams[0], _request(runs)
         pieces = [

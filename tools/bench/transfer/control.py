@@ -1,0 +1,99 @@
+"""What a data plane at full rate does to the control calls of the same process.
+
+Rules kept here: the control service is a small asyncio echo in the owner's process, called from a third process; idle
+and load alternate within a round; both ends and the caller may use both cores, as a node's processes may. A plain
+thread that serves sockets stands beside it: less than that costs, no data plane in the process can cost.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, cast
+
+from snowskin.tools.bench.report import Goal, Row, make_paired_row
+from snowskin.tools.bench.transfer.echo import EchoCaller
+from snowskin.tools.bench.transfer.pair import OTHERS, Contestant
+
+if TYPE_CHECKING:
+    from snowskin.tools.bench.transfer.end import Json
+    from snowskin.tools.bench.transfer.pair import Pair
+    from snowskin.tools.bench.transfer.shape import Shape
+
+GOAL_RATIO = 3.0
+LISTEN_S, SMOKE_LISTEN_S = 1.0, 0.1
+SETTLE_S = 0.05
+
+CONTESTANTS = (
+    Contestant(
+        name="tcp beside control",
+        backend="ours",
+        pair=OTHERS,
+        options={"scheme": "tcp"},
+        is_free=True,
+    ),
+    Contestant(
+        name="sockets beside control",
+        backend="sockets",
+        pair=OTHERS,
+        options={"congestion": "reno"},
+        is_free=True,
+    ),
+)
+
+
+def control_rows(
+    contestant: Contestant, pair: Pair, shape: Shape, *, rounds: int, smoke: bool
+) -> list[Row]:
+    """Median and 99th percentile of a control call under load, against idle, of one contestant."""
+    listen_s = SMOKE_LISTEN_S if smoke else LISTEN_S
+    if not pair.prepare(contestant.name, shape, checked=False):
+        return []
+    caller = EchoCaller(cast("int", pair.owner.ask({"do": "echo"})["port"]))
+    idle: list[list[float]] = []
+    loaded: list[list[float]] = []
+    rates: list[float] = []
+    order: Json = {
+        "do": "load",
+        "name": contestant.name,
+        "shape": shape.name,
+        "checked": False,
+        "for_s": listen_s + 2 * SETTLE_S,
+    }
+    try:
+        for _ in range(rounds):
+            idle.append(_calls_us(caller, listen_s))
+            pair.reader.send(order)
+            time.sleep(SETTLE_S)
+            loaded.append(_calls_us(caller, listen_s))
+            served = pair.reader.answer()
+            pulled_nbytes = cast("int", served["num_pulls"]) * shape.nbytes
+            rates.append(pulled_nbytes / cast("float", served["seconds"]) / 1e9)
+    finally:
+        caller.close()
+    scheme = contestant.name.partition(" ")[0]
+    judged = Goal(of="ratio", relation="<=", bound=GOAL_RATIO) if scheme == "tcp" else None
+    rate = sorted(rates)[len(rates) // 2]
+    return [
+        make_paired_row(
+            f"control call beside {scheme} serving {rate:.1f} GB/s, {name}",
+            [_share(sample, share) for sample in loaded],
+            "us",
+            reference=("idle", [_share(sample, share) for sample in idle]),
+            goal=judged if share > 0.5 else None,
+        )
+        for name, share in (("p99", 0.99), ("p50", 0.5))
+    ]
+
+
+def _calls_us(caller: EchoCaller, for_s: float) -> list[float]:
+    """Microseconds of each call made within that time."""
+    samples = []
+    until_s = time.perf_counter() + for_s
+    while (began_s := time.perf_counter()) < until_s:
+        caller.call()
+        samples.append((time.perf_counter() - began_s) * 1e6)
+    return samples
+
+
+def _share(samples: list[float], share: float) -> float:
+    return sorted(samples)[int(share * (len(samples) - 1))]
