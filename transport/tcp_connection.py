@@ -1,4 +1,4 @@
-"""One connection from a reader to an owner: how it is made, and how bytes and frames come and go on it.
+"""One connection from a reader to an owner: how bytes and frames come and go on it.
 
 Rules kept here: what the owner says is not trusted: a head is compared with what may come before a byte behind it is
 taken; no call waits longer than `WAIT_S`, so that whoever waits can look at its deadline, and at whether its region was
@@ -17,9 +17,8 @@ import socket
 import ssl
 import struct
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from snowskin.transport.addresses import Address
 from snowskin.transport.errors import (
     BadFrame,
     GrantRefused,
@@ -43,7 +42,6 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
 )
-from snowskin.transport.tcp_sockets import set_options, set_options_for_peer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,7 +60,7 @@ _IN_VAIN = 3
 _SLEEPS = 32
 _SKIPS = 16  # so that an owner who talks on and on holds nobody
 _TIMEVAL = struct.Struct("@ll")
-_NOTHING_YET = (errno.EAGAIN, errno.EWOULDBLOCK, None)  # None: a timeout of Python's own
+NOTHING_YET = (errno.EAGAIN, errno.EWOULDBLOCK, None)  # None: a timeout of Python's own
 _REFUSALS: dict[str, type[TransportError]] = {
     error.reason: error
     for error in (
@@ -80,13 +78,6 @@ _LIVES_ON = frozenset(
 )
 
 
-class Patience(Protocol):
-    """Who waits for a connection: it can lose patience."""
-
-    def check(self) -> float:
-        """How many more seconds it waits; raises what ends its waiting."""
-
-
 class Connection:
     """A socket on which HELLO and WELCOME were said.
 
@@ -95,6 +86,7 @@ class Connection:
         peer: who is at the other end, for errors.
         path: by which it goes.
         welcome: what the owner said.
+        heartbeat_s: how often it says PING while it is idle, so that the owner keeps it.
         is_reusable: between two transfers, in order: it may serve the next one.
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
@@ -115,6 +107,7 @@ class Connection:
         "_start",
         "_wait_s",
         "fd",
+        "heartbeat_s",
         "hung_up",
         "idle_since_s",
         "is_pushing",
@@ -131,13 +124,14 @@ class Connection:
     def __init__(
         self, connected: socket.socket, *, peer: str, path: Path, spin_s: float = 0.0
     ) -> None:
-        """Takes the socket over; `dial` is the way in."""
+        """Takes the socket over; `tcp_dialing.dial` is the way in."""
         self._socket = connected
         self.fd = connected.fileno()
         self.is_tls = isinstance(connected, ssl.SSLSocket)
         self.peer = peer
         self.path = path
         self.welcome: Welcome
+        self.heartbeat_s = 0.0
         self.is_reusable = False
         self.was_idle = self.hung_up = self.wants_room = self.is_pushing = False
         self.idle_since_s = self.spoke_at_s = 0.0
@@ -318,7 +312,7 @@ class Connection:
         """0, where the error only says that; raises PeerLost else."""
         if isinstance(error, (ssl.SSLWantReadError, ssl.SSLWantWriteError)):
             return 0
-        if isinstance(error, ssl.SSLError) or error.errno not in _NOTHING_YET:
+        if isinstance(error, ssl.SSLError) or error.errno not in NOTHING_YET:
             raise PeerLost(f"{self.peer}: {error.strerror or error}") from error
         return 0
 
@@ -451,6 +445,9 @@ class Connection:
             )
         self._start = self._end
         self.welcome = welcome
+        self.heartbeat_s = settings.heartbeat_s
+        if welcome.idle_timeout_ms:
+            self.heartbeat_s = min(self.heartbeat_s, welcome.idle_timeout_ms / 2000)
         self.is_reusable = True
 
     # The end.
@@ -505,102 +502,3 @@ def error_of(fail: Fail, peer: str) -> TransportError:
     if kind is None:
         return TransportError(f"{peer} refused with {fail.reason}: {said}")
     return kind(f"{peer}: {said}", retry_after_s=retry_after_s)
-
-
-def dial(
-    path: Path,
-    settings: TcpSettings,
-    patience: Patience,
-    *,
-    peer: str,
-    tls: ssl.SSLContext | None,
-) -> Connection:
-    """Connects and shakes hands, within `patience`.
-
-    Raises:
-        PeerLost: it cannot be reached. BadFrame: somebody else is there. PeerBusy. What `patience` raises.
-    """
-    address = Address.parse(path.remote_address)
-    connected = _connected(address, path, settings, patience, peer=peer)
-    connection = None
-    try:
-        if tls is not None:
-            connected = _wrapped(connected, address, settings, patience, peer=peer, tls=tls)
-        connection = Connection(connected, peer=peer, path=path, spin_s=settings.spin_s)
-        for _ in connection.greet(settings):
-            connection.wait_at_most(patience.check())
-    except BaseException:
-        connected.close()
-        raise
-    return connection
-
-
-def _connected(
-    address: Address, path: Path, settings: TcpSettings, patience: Patience, *, peer: str
-) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise PeerLost(f"{peer}: no host is called {address.host}: {error.strerror}") from error
-    family, _, _, _, target = found[0]
-    made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        set_options(made, settings)
-        if path.local_address:
-            made.bind((path.local_address, 0))
-        made.setblocking(False)
-        code = made.connect_ex(target)
-        if code == errno.EINPROGRESS:
-            poll = select.poll()
-            poll.register(made, select.POLLOUT)
-            while not poll.poll(1000 * min(WAIT_S, max(patience.check(), 0.001))):
-                pass
-            code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, errno.errorcode.get(code, "unknown"))
-        made.setblocking(True)
-        set_options_for_peer(made, settings)
-    except OSError as error:
-        made.close()
-        raise PeerLost(
-            f"{peer} cannot be reached at {address}: {error.strerror}",
-            hint="is it alive, and is its advertised address reachable from here?",
-        ) from error
-    except BaseException:
-        made.close()
-        raise
-    return made
-
-
-def _wrapped(
-    connected: socket.socket,
-    address: Address,
-    settings: TcpSettings,
-    patience: Patience,
-    *,
-    peer: str,
-    tls: ssl.SSLContext,
-) -> ssl.SSLSocket:
-    name = settings.tls.server_name if settings.tls is not None else ""
-    wrapped = tls.wrap_socket(
-        connected, server_hostname=name or address.host, do_handshake_on_connect=False
-    )
-    try:
-        while True:
-            wrapped.settimeout(min(WAIT_S, max(patience.check(), 0.001)))
-            try:
-                wrapped.do_handshake()
-            except TimeoutError as error:
-                if error.errno not in _NOTHING_YET:
-                    raise
-            else:
-                return wrapped
-    except OSError as error:
-        wrapped.close()
-        raise PeerLost(
-            f"{peer}: no TLS with {address}: {error.strerror or error}",
-            hint="both sides need certificates of one authority, and the owner's must name its host",
-        ) from error
-    except BaseException:
-        wrapped.close()
-        raise

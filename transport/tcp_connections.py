@@ -1,35 +1,30 @@
-"""The connections to owners: kept between transfers, watched while they are idle, bounded in number.
+"""The connections to owners: kept between transfers, bounded in number, by the paths on which they go.
 
-Rules kept here: a connection belongs to one transfer, to its pool, or to the keeper's PING, never to two; only whom it
-belongs to closes it, others interrupt it; an owner that ended an idle connection is noticed at once, one that does not
-answer a PING within its time is counted lost; no thread runs while no connection is open.
-
-The keeper watches all connections for their end alone, from when they were first idle: so taking one and giving it back
-costs no system call.
+Rules kept here: a connection belongs to one transfer, to its pool, or to the keeper, never to two; only whom it belongs
+to closes it, others interrupt it; a path that failed is left alone for a while.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import select
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from snowskin.transport.addresses import Reachability
-from snowskin.transport.errors import PeerLost, TransportClosed, TransportError
-from snowskin.transport.frames import Kind, Ping, encode
+from snowskin.transport.errors import PeerLost
 from snowskin.transport.paths import Path, PathSet
-from snowskin.transport.tcp_connection import Connection, dial
+from snowskin.transport.tcp_dialing import dial
 from snowskin.transport.tcp_gate import Gate
+from snowskin.transport.tcp_keeper import Keeper
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
-    from snowskin.transport.tcp_connection import Patience
+    from snowskin.transport.tcp_connection import Connection
+    from snowskin.transport.tcp_dialing import Patience
     from snowskin.transport.tcp_settings import TcpSettings
 
 PathsTo = Callable[[Reachability], Sequence[Path]]
@@ -332,231 +327,6 @@ class Connections:
             if time.monotonic() > deadline_s:
                 break
             time.sleep(0.001)
-
-
-class Keeper:
-    """The thread that looks after idle connections; there is one while any connection is open."""
-
-    def __init__(self, settings: TcpSettings, links: Callable[[], list[Link]]) -> None:
-        """Starts no thread yet."""
-        self.closed = False
-        self.num_connected = 0
-        self.num_peers_lost = 0
-        self._settings = settings
-        self._links = links
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._epoll: select.epoll | None = None
-        self._wake_fd = -1
-        self._watched: dict[int, tuple[Connection, Link]] = {}
-
-    def check_open(self) -> None:
-        """Raises TransportClosed after `close`."""
-        if self.closed:
-            raise TransportClosed("transport tcp is closed")
-
-    def watch(self, connection: Connection, link: Link) -> None:
-        """From now on its end is noticed; starts the thread where it does not run."""
-        with self._lock:
-            self.check_open()
-            self.num_connected += 1
-            if self._epoll is None:
-                self._epoll = select.epoll()
-                self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._epoll.register(self._wake_fd, select.EPOLLIN)
-            self._watched[connection.fd] = (connection, link)
-            self._epoll.register(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="snowskin-tcp-keeper", daemon=True
-                )
-                self._thread.start()
-
-    def watch_end(self, connection: Connection) -> bool:
-        """What still comes on it is thrown away until it ends; False after `close`."""
-        with self._lock:
-            if self.closed or self._epoll is None:
-                return False
-            self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLRDHUP)
-            return True
-
-    def close(self) -> None:
-        """Joins the thread. Idempotent."""
-        with self._lock:
-            self.closed = True
-            thread = self._thread
-            if thread is not None:
-                os.eventfd_write(self._wake_fd, 1)
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-
-    def _run(self) -> None:
-        epoll = self._epoll
-        assert epoll is not None
-        due_s = time.monotonic() + self._settings.heartbeat_s
-        while True:
-            events = epoll.poll(max(0.0, due_s - time.monotonic()))
-            if self.closed:
-                break
-            for fd, event in events:
-                self._look(fd, event)
-            now_s = time.monotonic()
-            if now_s >= due_s or self._has_pinged():
-                due_s = self._tick(now_s)
-            if not any(link.num_open for link in self._links()) and self._may_end():
-                return
-        with self._lock:
-            self._end()
-
-    def _may_end(self) -> bool:
-        with self._lock:
-            if any(link.num_open for link in self._links()):
-                return False
-            self._end()
-            return True
-
-    def _end(self) -> None:
-        """Guarded by the lock."""
-        assert self._epoll is not None
-        self._epoll.close()
-        os.close(self._wake_fd)
-        self._epoll, self._wake_fd, self._thread = None, -1, None
-        self._watched.clear()
-
-    def _has_pinged(self) -> bool:
-        return any(link.pinged for link in self._links())
-
-    def _look(self, fd: int, event: int) -> None:
-        watched = self._watched.get(fd)
-        if watched is None:
-            return
-        connection, link = watched
-        with link.lock:
-            draining = link.draining.get(fd)
-            was_pinged = link.pinged.pop(fd, None)
-            if draining is None and was_pinged is None:
-                if connection.fd != fd or not connection.is_dead():
-                    return
-                if not link.remove_idle(connection):
-                    connection.hung_up = True  # its user will notice; the pool takes it no more
-                    return
-        if draining is not None:
-            self._drain(connection, link, draining[2])
-        elif was_pinged is not None and self._is_pong(connection):
-            self._rest(connection, link)
-        else:
-            self._close(connection, link)
-            if not link.num_open:
-                self._count_lost(link)
-
-    def _drain(self, connection: Connection, link: Link, at_end: Callable[[], None]) -> None:
-        """Throws away what the owner still says; at its end nothing of the push can land any more."""
-        if connection.skip():
-            return
-        with link.lock:
-            link.draining.pop(connection.fd, None)
-        self._close(connection, link)
-        at_end()
-
-    def _rest(self, connection: Connection, link: Link) -> None:
-        """Answered: idle again, and as old as before."""
-        assert self._epoll is not None
-        self._epoll.modify(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
-        with link.lock:
-            link.idle[connection.path.name].insert(0, connection)
-
-    def _close(self, connection: Connection, link: Link) -> None:
-        self._watched.pop(connection.fd, None)
-        with link.lock:
-            link.num_open -= 1
-        connection.close()
-
-    def _tick(self, now_s: float) -> float:
-        """Closes what is too old or does not answer, says PING where it is time; when to look again."""
-        settings = self._settings
-        due_s = now_s + settings.heartbeat_s
-        for fd, (connection, _) in list(self._watched.items()):
-            if connection.closed:
-                self._watched.pop(fd, None)
-        for link in self._links():
-            with link.lock:
-                silent = [
-                    connection
-                    for connection, pinged_at_s in link.pinged.values()
-                    if now_s - pinged_at_s >= settings.pong_timeout_s
-                ]
-                for connection in silent:
-                    del link.pinged[connection.fd]
-                stuck = [each for each, until_s, _ in link.draining.values() if now_s >= until_s]
-                for connection in stuck:  # what it pushed stays in quarantine
-                    del link.draining[connection.fd]
-                surplus = self._take_surplus(link, now_s)
-                pinged = [
-                    connection
-                    for connection in link.all_idle()
-                    if now_s - connection.spoke_at_s >= settings.heartbeat_s * 0.75
-                ]
-                for connection in pinged:
-                    link.remove_idle(connection)
-                    link.pinged[connection.fd] = (connection, now_s)
-            for connection in silent:
-                self._lost(connection, link)
-            for connection in surplus + stuck:
-                self._close(connection, link)
-            for connection in pinged:
-                self._ping(connection, link)
-            for _, pinged_at_s in list(link.pinged.values()):
-                due_s = min(due_s, pinged_at_s + settings.pong_timeout_s)
-            for connection in list(link.all_idle()):
-                due_s = min(due_s, connection.spoke_at_s + settings.heartbeat_s)
-        return max(due_s, now_s + 0.01)
-
-    def _take_surplus(self, link: Link, now_s: float) -> list[Connection]:
-        """Guarded by the link's lock."""
-        settings = self._settings
-        idle = sorted(link.all_idle(), key=lambda each: each.idle_since_s)
-        num_too_many = max(0, len(idle) - settings.max_idle_connections_to_peer)
-        surplus = [
-            connection
-            for index, connection in enumerate(idle)
-            if index < num_too_many or now_s - connection.idle_since_s >= settings.max_idle_s
-        ]
-        for connection in surplus:
-            link.remove_idle(connection)
-        return surplus
-
-    def _ping(self, connection: Connection, link: Link) -> None:
-        assert self._epoll is not None
-        connection.spoke_at_s = time.monotonic()
-        connection.set_mood(polling=True)
-        try:
-            sent = connection.send([encode(Ping(op=connection.next_op()))])
-            self._epoll.modify(connection.fd, select.EPOLLIN | select.EPOLLRDHUP)
-        except (TransportError, OSError):
-            sent = 0
-        if not sent:
-            with link.lock:
-                link.pinged.pop(connection.fd, None)
-            self._close(connection, link)
-
-    def _is_pong(self, connection: Connection) -> bool:
-        try:
-            for _ in connection.expect(Kind.PONG, connection.last_op):
-                return False
-        except TransportError:
-            return False
-        return not connection.num_ahead
-
-    def _lost(self, connection: Connection, link: Link) -> None:
-        """The owner does not answer: it is stopped, or the way to it is cut."""
-        self._count_lost(link)
-        link.failed(connection.path.name)
-        self._close(connection, link)
-
-    def _count_lost(self, link: Link) -> None:
-        if not link.is_lost:
-            link.is_lost = True
-            self.num_peers_lost += 1
 
 
 class _Until:

@@ -298,11 +298,7 @@ class StripedPull:
     def _end(self) -> None:
         """Nothing lands any more when this returns."""
         with self._changed:
-            if self._error is not None:
-                self.is_over = True
-                for connection, user in self._link.busy.items():
-                    if isinstance(user, LaneJob) and user.pull is self:
-                        connection.interrupt()
+            self.is_over = self._error is not None  # lanes see it within `WAIT_S`
             self._changed.notify_all()
             while self._num_active:
                 self._changed.wait(WAIT_S)

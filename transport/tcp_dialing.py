@@ -1,0 +1,143 @@
+"""How a reader reaches an owner: connects, by TLS where asked, and shakes hands.
+
+Rules kept here: whoever waits is asked at least each `WAIT_S` whether it still does; what cannot be reached is
+PeerLost, and names the peer; a connection that was not made leaves no descriptor behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from typing import TYPE_CHECKING, Protocol
+
+from snowskin.transport.addresses import Address
+from snowskin.transport.errors import PeerLost
+from snowskin.transport.tcp_connection import NOTHING_YET, WAIT_S, Connection
+from snowskin.transport.tcp_sockets import set_options, set_options_for_peer
+
+if TYPE_CHECKING:
+    import ssl
+
+    from snowskin.transport.paths import Path
+    from snowskin.transport.tcp_settings import TcpSettings
+
+
+class Patience(Protocol):
+    """Who waits for a connection: it can lose patience."""
+
+    def check(self) -> float:
+        """How many more seconds it waits; raises what ends its waiting."""
+
+
+def dial(
+    path: Path,
+    settings: TcpSettings,
+    patience: Patience,
+    *,
+    peer: str,
+    tls: ssl.SSLContext | None,
+) -> Connection:
+    """Connects and shakes hands, within `patience`.
+
+    Raises:
+        PeerLost: it cannot be reached. BadFrame: somebody else is there. PeerBusy. What `patience` raises.
+    """
+    address = Address.parse(path.remote_address)
+    connected = _connected(address, path, settings, patience, peer=peer)
+    connection = None
+    try:
+        if tls is not None:
+            connected = _wrapped(connected, address, settings, patience, peer=peer, tls=tls)
+        connection = Connection(connected, peer=peer, path=path, spin_s=settings.spin_s)
+        for _ in connection.greet(settings):
+            connection.wait_at_most(patience.check())
+    except BaseException:
+        connected.close()
+        raise
+    return connection
+
+
+def _connected(
+    address: Address, path: Path, settings: TcpSettings, patience: Patience, *, peer: str
+) -> socket.socket:
+    """The first of the host's addresses that answers; names are looked up within the system's own time limit."""
+    family = 0
+    if path.local_address:
+        family = socket.AF_INET6 if ":" in path.local_address else socket.AF_INET
+    try:
+        found = socket.getaddrinfo(*address, family=family, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise PeerLost(f"{peer}: no host is called {address.host}: {error.strerror}") from error
+    failure: OSError | None = None
+    for its_family, _, _, _, target in found:
+        made = socket.socket(its_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            set_options(made, settings)
+            if path.local_address:
+                made.bind((path.local_address, 0))
+            _connect(made, target, patience)
+            set_options_for_peer(made, settings)
+        except OSError as error:
+            made.close()
+            failure = error
+        except BaseException:
+            made.close()
+            raise
+        else:
+            return made
+    assert failure is not None, "getaddrinfo finds something or raises"
+    raise PeerLost(
+        f"{peer} cannot be reached at {address}: {failure.strerror}",
+        hint="is it alive, and is its advertised address reachable from here?",
+    ) from failure
+
+
+def _connect(made: socket.socket, target: tuple[object, ...], patience: Patience) -> None:
+    """Raises OSError where nobody listens there."""
+    made.setblocking(False)
+    code = made.connect_ex(target)
+    if code == errno.EINPROGRESS:
+        poll = select.poll()
+        poll.register(made, select.POLLOUT)
+        while not poll.poll(1000 * min(WAIT_S, max(patience.check(), 0.001))):
+            pass
+        code = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+    made.setblocking(True)
+
+
+def _wrapped(
+    connected: socket.socket,
+    address: Address,
+    settings: TcpSettings,
+    patience: Patience,
+    *,
+    peer: str,
+    tls: ssl.SSLContext,
+) -> ssl.SSLSocket:
+    name = settings.tls.server_name if settings.tls is not None else ""
+    wrapped = tls.wrap_socket(
+        connected, server_hostname=name or address.host, do_handshake_on_connect=False
+    )
+    try:
+        while True:
+            wrapped.settimeout(min(WAIT_S, max(patience.check(), 0.001)))
+            try:
+                wrapped.do_handshake()
+            except TimeoutError as error:
+                if error.errno not in NOTHING_YET:
+                    raise
+            else:
+                return wrapped
+    except OSError as error:
+        wrapped.close()
+        raise PeerLost(
+            f"{peer}: no TLS with {address}: {error.strerror or error}",
+            hint="both sides need certificates of one authority, and the owner's must name its host",
+        ) from error
+    except BaseException:
+        wrapped.close()
+        raise
