@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from snowskin.transport.api import TrafficClass
+from snowskin.transport.cuda_copy import move_piece_by_gpu
 from snowskin.transport.errors import (
     OutOfBounds,
     PeerLost,
@@ -27,6 +28,7 @@ from snowskin.transport.errors import (
 )
 from snowskin.transport.grants import Completion
 from snowskin.transport.memory import MemoryRegion
+from snowskin.transport.memory_kind import MemoryKind
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
 from snowskin.transport.pages import Population
 from snowskin.transport.runs import Run, check_bounds, joined, pieces
@@ -253,7 +255,8 @@ class CopyingTransport(OrderedTransport):
                 piece_nbytes = self._silent_piece_nbytes
             if len(runs) > 1:
                 runs = joined(runs)
-        now_s, move = self.now_s, self._move
+        now_s = self.now_s
+        move = move_piece_by_gpu if local.kind is MemoryKind.CUDA else self._move
         told = landed is not None or control is not None
         for remote_offset, local_offset, size in pieces(runs, piece_nbytes):
             if told or now_s() >= deadline_s:

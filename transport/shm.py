@@ -34,6 +34,7 @@ from snowskin.transport.fd_watcher import FdWatcher
 from snowskin.transport.grants import GrantedRanges, Range
 from snowskin.transport.mapping import Mappings
 from snowskin.transport.memory import MemoryRegion
+from snowskin.transport.memory_kind import MemoryKind
 from snowskin.transport.shm_link import OwnerLinks, PeerEnd
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class ShmTransport(CopyingTransport):
 
     scheme = "shm"
     is_one_sided = True
+    memory_kinds = frozenset(
+        MemoryKind
+    )  # a GPU's lands from, and is copied into, the pool: `cuda_copy`
 
     def __init__(self, *, now_s: Callable[[], float] = time.monotonic) -> None:
         """Opens the transport; holds nothing until something is attached."""
@@ -98,7 +102,7 @@ class ShmTransport(CopyingTransport):
             on_done=on_done,
         )
         if on_done is not None:
-            self._links.add(descriptor.capability)
+            self._links.add(descriptor)
         return dataclasses.replace(descriptor, extra=granted)
 
     def link(self, descriptor: RegionDescriptor) -> int:
@@ -148,7 +152,7 @@ class ShmTransport(CopyingTransport):
         if link_fd is not None:
             end = PeerEnd(
                 link_fd,
-                descriptor.capability,
+                descriptor,
                 self._watcher,
                 self._mappings,
                 now_s=self.now_s,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
+from snowskin.kvstore.pool.arena import Arena
+from snowskin.transport import cuda_copy
 from snowskin.transport.cuda_copy import CudaCopier, PinnedPool
 from snowskin.transport.cuda_driver import CudaDriver
 from snowskin.transport.errors import (
@@ -18,7 +22,9 @@ from snowskin.transport.errors import (
     TransportError,
     TransportUnavailable,
 )
-from snowskin.transport.memory import MemoryRegion, region_of
+from snowskin.transport.memory import Memfd, MemoryRegion, region_of
+from snowskin.transport.runs import Run
+from snowskin.transport.shm import ShmTransport
 from tests.support import cuda_stand_in
 
 if TYPE_CHECKING:
@@ -151,3 +157,58 @@ def test_device_that_is_not_there_is_named(driver: CudaDriver) -> None:
 def test_missing_driver_says_what_to_install() -> None:
     with pytest.raises(TransportUnavailable, match="NVIDIA's driver"):
         CudaDriver("libno-such-cuda.so.1")
+
+
+def test_shm_moves_between_a_shared_pool_and_a_device(
+    copier: CudaCopier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cuda_copy._copiers, 1, copier)
+    owner, reader = ShmTransport(), ShmTransport()
+    with Arena(NBYTES, name="pool", tenant="t") as arena:
+        fd = arena.open_read_write()
+        pool = owner.register(Memfd(fd=fd))
+        remote = reader.attach(owner.describe(pool, writable=True), fd=fd, writable=True)
+        made = np.random.default_rng(5).integers(0, 256, NBYTES, dtype=np.uint8)
+        landing = np.zeros(NBYTES, np.uint8)
+        with on_device(made) as source, on_device(landing) as target:
+            reader.push(source, remote, [Run(0, 0, NBYTES)], deadline_s=FAR_S)
+            assert np.array_equal(pool.buffer, made)
+            runs = [Run(40_000, 10, 20_000), Run(0, 50_000, 100)]
+            reader.pull(remote, target, runs, deadline_s=FAR_S)
+        assert np.array_equal(landing[10:20_010], made[40_000:60_000])
+        assert np.array_equal(landing[50_000:50_100], made[:100])
+        assert not landing[20_010:50_000].any()
+        reader.close()
+        owner.close()
+        pool.close()
+        os.close(fd)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: copies not run on one")
+def test_pool_and_tensor_exchange_bytes_beside_computation() -> None:
+    """Device to pinned pool and back, behind a kernel on torch's stream that makes the bytes."""
+    nbytes = 64 << 20
+    owner, reader = ShmTransport(), ShmTransport()
+    with Arena(nbytes, name="pool", tenant="t") as arena:
+        fd = arena.open_read_write()
+        pool = owner.register(Memfd(fd=fd))
+        remote = reader.attach(owner.describe(pool, writable=True), fd=fd, writable=True)
+        assert remote.memory is not None
+        pinned = PinnedPool(remote.memory)
+        made = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+        landing = torch.zeros_like(made)
+        source, target = reader.register(made), reader.register(landing)
+        for turn in range(1, 4):
+            made.copy_(torch.arange(nbytes, device="cuda", dtype=torch.int32) * turn % 251)
+            cuda_copy.copier_of(0).after(torch.cuda.current_stream().cuda_stream)
+            reader.push(source, remote, [Run(0, 0, nbytes)], deadline_s=time.monotonic() + 30)
+            reader.pull(remote, target, [Run(0, 0, nbytes)], deadline_s=time.monotonic() + 30)
+            assert torch.equal(landing, made)
+        pinned.close()
+        for region in (source, target):
+            region.close()
+        reader.close()
+        owner.close()
+        pool.close()
+        os.close(fd)
