@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from snowskin.transport.grants import Completion
     from snowskin.transport.memory import Bytes, MemoryRegion
     from snowskin.transport.runs import Run
+    from snowskin.transport.ucp.api import Reply
 
 NUM_WORKERS = 16  # threads that wait for peers
 _SMALL_NBYTES = 16 * 1024  # up to here a memoryview is faster than numpy, which releases the GIL
@@ -255,15 +256,14 @@ class UcxTransport(OrderedTransport):
     def _carry_out_batch(self, order: Order, region: UcxRegion, before_nbytes: int) -> None:
         one_sided = self._may_go_one_sided(region, order.local)
         ask = self._ask(order, region, wants_done=one_sided or bool(order.note and order.is_pull))
-        mailbox = Mailbox(order, ask, before_nbytes | (ONE_SIDED if one_sided else 0))
+        mailbox = Mailbox(order, region.reach, ask, before_nbytes | (ONE_SIDED if one_sided else 0))
         look = functools.partial(self._look, order)
         if order.control is not None:
             order.control.on_cancel(mailbox.wake)
         self._under_way.add(mailbox)
         ended = False
         try:
-            begin = functools.partial(self._reader.begin, mailbox, region.reach, region.descriptor)
-            if not self._thread.post(begin):
+            if not self._thread.post(functools.partial(self._reader.begin, mailbox)):
                 self.check_open()
             if one_sided:
                 self._move_one_sided(mailbox, region, look)
@@ -410,14 +410,16 @@ class UcxTransport(OrderedTransport):
         mailbox.sent = position + sum(span.nbytes for span in spans)
         link.conversation.send_data(mailbox.ask.op, position, spans, local.end_landing)
 
-    def _arrive(self, header: bytes, payload: Span) -> None:
+    def _arrive(self, header: bytes, payload: Span, reply: Reply | None) -> None:
         try:
             head = MessageHead.decode(header, payload.nbytes)
         except BadFrame as error:
             self.count_refused(error.reason)
             return
-        if not self._reader.arrive(head, payload):
-            self._owner.arrive(head, payload)
+        if head.by_owner:
+            self._reader.arrive(head, payload)
+        else:
+            self._owner.arrive(head, payload, reply)
 
     def _detached(self, region: AttachedRegion) -> None:
         assert isinstance(region, UcxRegion), "what is attached here is of this transport"

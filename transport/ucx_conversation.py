@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from snowskin.transport.errors import PeerLost
 from snowskin.transport.ucp.api import Span, UcpFailure
-from snowskin.transport.ucx_wire import MessageHead, MessageKind, encode_frame
+from snowskin.transport.ucx_wire import LEAVING, MessageHead, MessageKind, encode_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +42,7 @@ class Conversation:
         session: bytes,
         peer: str,
         *,
+        is_owner: bool,
         on_lost: Callable[[PeerLost], object],
     ) -> None:
         """Connects; does not wait. `on_lost` is told once, unless `close` came first.
@@ -53,6 +54,7 @@ class Conversation:
         self.peer = peer
         self.over = False
         self.heard_at_s = self.said_at_s = time.monotonic()
+        self._is_owner = is_owner
         self._on_lost = on_lost
         self._posted: dict[int, float] = {}  # sends that UCX has not finished, oldest first
         self._numbers = itertools.count()
@@ -73,7 +75,7 @@ class Conversation:
         if self.over:
             done()
             return
-        self._send(MessageHead(self.session, MessageKind.DATA, op, position), spans, done)
+        self._send(MessageKind.DATA, op, position, spans, done)
 
     def hear(self) -> None:
         """The peer lives."""
@@ -99,6 +101,11 @@ class Conversation:
                 )
             )
 
+    def leave(self) -> None:
+        """Says that this side ends it, and ends it. UCX's closing alone the peer may not notice."""
+        self.tell(MessageKind.STOP, LEAVING)
+        self.close()
+
     def close(self) -> None:
         """Ends it without a word. Idempotent."""
         if not self.over:
@@ -115,9 +122,16 @@ class Conversation:
             spans = (Span(ctypes.addressof(buffer), len(payload)),)
         # the buffer is an argument of what UCX calls at the end, and so lives until then
         done = functools.partial(_let_go, buffer)
-        self._send(MessageHead(self.session, kind, op, position), spans, done)
+        self._send(kind, op, position, spans, done)
 
-    def _send(self, head: MessageHead, spans: Sequence[Span], done: Callable[[], object]) -> None:
+    def _send(
+        self,
+        kind: MessageKind,
+        op: int,
+        position: int,
+        spans: Sequence[Span],
+        done: Callable[[], object],
+    ) -> None:
         number = next(self._numbers)
         self._posted[number] = self.said_at_s = time.monotonic()
 
@@ -127,7 +141,10 @@ class Conversation:
             if failure is not None:
                 self._failed(failure)
 
-        self.endpoint.send(head.encode(), spans, ended)
+        head = MessageHead(self.session, kind, op, position, self._is_owner)
+        # HELLO may be refused by an owner who then needs no address of ours
+        wants_reply = kind is MessageKind.HELLO
+        self.endpoint.send(head.encode(), spans, ended, wants_reply=wants_reply)
 
     def _failed(self, failure: UcpFailure) -> None:
         self.lose(f"is gone: {failure.status}")

@@ -1,9 +1,9 @@
 """The owner's side of `ucx`: what peers ask is checked, then sent from, or put into, granted memory.
 
-Rules kept here: whoever cannot name a living grant is not answered at all; a request is checked whole before memory is
-touched, and its grant again around each chunk; a chunk is UCX's between `begin_piece` and `end_piece`, so whoever
-revokes waits for it, and a peer that does not take it loses its session after `stall_s`; what a peer makes this side
-hold is bounded; what does not keep to `ucx_wire.py` ends its session.
+Rules kept here: whoever cannot name a living grant is refused before anything that it sent is used or kept; a request
+is checked whole before memory is touched, and its grant again around each chunk; a chunk is UCX's between `begin_piece`
+and `end_piece`, so whoever revokes waits for it, and a peer that does not take it loses its session after `stall_s`;
+what a peer makes this side hold is bounded; what does not keep to `ucx_wire.py` ends its session.
 
 All of it runs in the progress thread.
 """
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import (
     BadFrame,
-    GrantRefused,
     PeerBusy,
+    RegionExpired,
     TransferTimedOut,
     TransportError,
     TransportUnavailable,
@@ -42,6 +42,7 @@ from snowskin.transport.ucp.api import Span, UcpFailure
 from snowskin.transport.ucx_conversation import Conversation, Cursor, FairQueue
 from snowskin.transport.ucx_settings import CHUNK_NBYTES
 from snowskin.transport.ucx_wire import (
+    LEAVING,
     MAX_DATA_NBYTES,
     ONE_SIDED,
     VERSION,
@@ -49,6 +50,7 @@ from snowskin.transport.ucx_wire import (
     MessageHead,
     MessageKind,
     decode_frame,
+    encode_frame,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 
     from snowskin.transport.errors import PeerLost
     from snowskin.transport.grants import Grant, GrantTable
+    from snowskin.transport.ucp.api import Reply
     from snowskin.transport.ucx_progress import ProgressThread, Timer
     from snowskin.transport.ucx_settings import UcxSettings
 
@@ -159,12 +162,19 @@ class Owner:
         """Readers that are talked to now."""
         return len(self._sessions)
 
-    def arrive(self, head: MessageHead, payload: Span) -> None:
-        """A message of a reader; of one who is unknown only HELLO is read."""
+    def arrive(self, head: MessageHead, payload: Span, reply: Reply | None = None) -> None:
+        """A message of a reader; of one who is unknown only HELLO is read, and answered where that is possible."""
         session = self._sessions.get(head.session)
         if session is None:
             if head.kind is MessageKind.HELLO:
-                self._greet(head.session, ctypes.string_at(payload.address, payload.nbytes))
+                greeting = ctypes.string_at(payload.address, payload.nbytes)
+                try:
+                    self._greet(head.session, greeting)
+                except TransportError as error:
+                    self._ledger.count_refused(error.reason)
+                    if reply is not None:
+                        refusal = head._replace(kind=MessageKind.FRAME, by_owner=True)
+                        reply(refusal.encode(), encode_frame(fail_of(0, error)))
             return
         session.conversation.hear()
         try:
@@ -178,21 +188,17 @@ class Owner:
     def close(self) -> None:
         """Ends all sessions."""
         for session in list(self._sessions.values()):
+            session.conversation.leave()
             self._end(session)
 
     def _greet(self, name: bytes, payload: bytes) -> None:
-        try:
-            hello = Hello.decode(payload)
-            grant = self._grants.find(
-                hello.capability, epoch=hello.epoch, generation=hello.generation
-            )
-            if self._now_s() >= grant.expires_at_s:
-                raise GrantRefused("this grant is over")
-            if len(self._sessions) >= self._settings.max_sessions:
-                raise PeerBusy(f"{len(self._sessions)} peers are served")
-        except TransportError as error:
-            self._ledger.count_refused(error.reason)
-            return
+        """Answers a reader who can name a living grant; else raises, and nothing of his address was used."""
+        hello = Hello.decode(payload)
+        grant = self._grants.find(hello.capability, epoch=hello.epoch, generation=hello.generation)
+        if self._now_s() >= grant.expires_at_s:
+            raise RegionExpired("this grant is over", hint="match again")
+        if len(self._sessions) >= self._settings.max_sessions:
+            raise PeerBusy(f"{len(self._sessions)} peers are served", retry_after_s=1.0)
         settings = self._settings
         session: Session | None = None
 
@@ -204,7 +210,12 @@ class Owner:
 
         try:
             conversation = Conversation(
-                self._thread().worker, hello.address, name, hello.name or "a reader", on_lost=lost
+                self._thread().worker,
+                hello.address,
+                name,
+                hello.name or "a reader",
+                is_owner=True,
+                on_lost=lost,
             )
         except (UcpFailure, ValueError) as error:
             log.warning("ucx: %s cannot be answered: %s", hello.name, error)
@@ -233,6 +244,8 @@ class Owner:
                 self._take_data(session, head, payload)
             case MessageKind.TAKEN:
                 self._take_taken(session, head)
+            case MessageKind.STOP if head.op == LEAVING:
+                self._end(session)
             case MessageKind.STOP:
                 served = session.served.pop(head.op, None)
                 if served is not None:

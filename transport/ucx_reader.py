@@ -31,6 +31,7 @@ from snowskin.transport.frames import (
 from snowskin.transport.ucp.api import UcpFailure
 from snowskin.transport.ucx_conversation import Conversation
 from snowskin.transport.ucx_wire import (
+    LEAVING,
     MAX_DATA_NBYTES,
     ONE_SIDED,
     SESSION_NBYTES,
@@ -101,9 +102,10 @@ class Mailbox:
         is_cleared: whether the owner said CLEAR.
     """
 
-    def __init__(self, order: Order, ask: Ask, position: int) -> None:
+    def __init__(self, order: Order, reach: Reach, ask: Ask, position: int) -> None:
         """`position` is that of the ask's message."""
         self.order = order
+        self.reach = reach
         self.ask = ask
         self.position = position
         self.total_nbytes = sum(nbytes for _, nbytes in ask.ranges)
@@ -175,6 +177,7 @@ class Link:
     def __init__(self, reader: Reader, reach: Reach, descriptor: RegionDescriptor) -> None:
         """Connects and says HELLO, under the right of `descriptor`; raises UcpFailure."""
         self.open = False
+        self.capability = descriptor.capability
         self.under_way: dict[int, Mailbox] = {}
         self.keys: dict[bytes, UcpKey] = {}
         self.began_at_s = time.monotonic()
@@ -185,6 +188,7 @@ class Link:
             reach.address,
             secrets.token_bytes(SESSION_NBYTES),
             reach.name,
+            is_owner=False,
             on_lost=lambda error: reader.lost(self, error),
         )
         settings = reader.settings
@@ -229,10 +233,16 @@ class Link:
             key = self.keys[packed] = self.conversation.endpoint.unpack(packed)
         return key
 
+    def take_others(self) -> list[Mailbox]:
+        """What waits for the owner's answer under other rights than the one that this link began with."""
+        others = [each for each in self._waiting if each.ask.capability != self.capability]
+        self._waiting = [each for each in self._waiting if each.ask.capability == self.capability]
+        return others
+
     def end(self, error: TransportError) -> None:
-        """Fails what is under way and closes the endpoint."""
+        """Fails what is under way and leaves."""
         self.keys.clear()
-        self.conversation.close()
+        self.conversation.leave()
         for mailbox in [*self._waiting, *self.under_way.values()]:
             mailbox.fail(error)
         self._waiting.clear()
@@ -248,6 +258,8 @@ class Link:
                 self._take_data(head, payload)
             case MessageKind.TAKEN:
                 self._take_taken(head)
+            case MessageKind.STOP if head.op == LEAVING:
+                self.conversation.lose("has closed")
             case _:
                 raise BadFrame(f"an owner says {head.kind.name}")
 
@@ -281,6 +293,8 @@ class Link:
                 refused = self.under_way.pop(frame.op, None)
                 if refused is not None:
                     refused.fail(error_of(frame, self.conversation.peer))
+            case Fail() if not self.open:
+                self._reader.refused(self, error_of(frame, self.conversation.peer))
             case Fail():
                 self.conversation.lose(f"ended the conversation: {frame.reason} {frame.message}")
             case _:
@@ -355,34 +369,40 @@ class Reader:
                 self._forget(link)
                 link.end(PeerLost(f"all regions of {link.conversation.peer} were closed"))
 
-    def begin(self, mailbox: Mailbox, reach: Reach, descriptor: RegionDescriptor) -> None:
+    def begin(self, mailbox: Mailbox) -> None:
         """Asks for a transfer; it fails by its mailbox."""
-        link = self._links.get(reach.address)
+        link = self._links.get(mailbox.reach.address)
         if link is None:
             try:
-                link = self._connect(reach, descriptor)
+                link = self._connect(mailbox.reach, mailbox.order.remote.descriptor)
             except PeerLost as error:
                 mailbox.fail(error)
                 return
         mailbox.link = link
         link.begin(mailbox)
 
-    def arrive(self, head: MessageHead, payload: Span) -> bool:
-        """A message of an owner; False where it is of nobody known here."""
+    def arrive(self, head: MessageHead, payload: Span) -> None:
+        """A message of an owner; those of nobody known here are dropped."""
         link = self._by_session.get(head.session)
-        if link is None:
-            return False
-        try:
-            link.arrive(head, payload)
-        except BadFrame as error:
-            link.conversation.lose(f"breaks the protocol: {error}")
-        return True
+        if link is not None:
+            try:
+                link.arrive(head, payload)
+            except BadFrame as error:
+                link.conversation.lose(f"breaks the protocol: {error}")
 
     def reached(self, link: Link) -> None:
         """The owner answered: the pauses begin anew."""
         for address, known in self._links.items():
             if known is link:
                 self._pauses.pop(address, None)
+
+    def refused(self, link: Link, error: TransportError) -> None:
+        """The owner does not talk to us under the right that we named; under another one it may."""
+        self._forget(link)
+        others = link.take_others()
+        link.end(error)
+        for mailbox in others:
+            self.begin(mailbox)
 
     def lost(self, link: Link, error: PeerLost) -> None:
         """The way to an owner is gone, and all that was under way over it."""

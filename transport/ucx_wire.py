@@ -6,14 +6,14 @@ capability, so what was damaged on its way is refused here (UCX can crash on it)
 
 A message is a head and a payload. All integers are big-endian:
 
-    16 session   1 kind   3 zero   4 op   8 position
+    16 session   1 kind   1 side (1: the owner speaks)   2 zero   4 op   8 position
 
 | kind | who | payload |
 | 1 HELLO | reader | what `Hello` says: a right, and where to answer |
 | 2 FRAME | both | one frame of `docs/wire.md`: WELCOME, PULL, PUSH, CLEAR, DONE, FAIL, PING, PONG |
 | 3 DATA | both | bytes of transfer `op`, from `position` of its stream on |
 | 4 TAKEN | both | none: `position` bytes of `op` are where they belong, send more |
-| 5 STOP | reader | none: `op` is given up |
+| 5 STOP | both | none: `op` is given up; 0: whoever says it leaves, and all is given up |
 
 The position of a PULL's or PUSH's message says how much of the same transfer moved before it (a transfer of more ranges
 than one PULL can name is several), and by its top bit that the bytes will be moved one-sidedly: then CLEAR answers it
@@ -51,9 +51,10 @@ VERSION = 1
 SESSION_NBYTES = 16
 MAX_SLICES = 1024
 MAX_DATA_NBYTES = RECEIVE_SEGMENT_NBYTES
+LEAVING = 0  # the op of a STOP that ends the conversation
 ONE_SIDED = 1 << 63  # in the position of a PULL's or PUSH's message
 
-_HEAD = struct.Struct(f">{SESSION_NBYTES}sB3xIQ")
+_HEAD = struct.Struct(f">{SESSION_NBYTES}sBBHIQ")
 _HELLO = struct.Struct(f">4sH{CAPABILITY_NBYTES}sQQIBI")
 _MAGIC = b"SNUX"
 _DIGEST_NBYTES = 16
@@ -92,26 +93,27 @@ class MessageHead(NamedTuple):
     kind: MessageKind
     op: int
     position: int
+    by_owner: bool = False
 
     def encode(self) -> bytes:
         """Its 32 bytes."""
-        return _HEAD.pack(*self)
+        return _HEAD.pack(self.session, self.kind, self.by_owner, 0, self.op, self.position)
 
     @classmethod
     def decode(cls, header: bytes, payload_nbytes: int) -> MessageHead:
         """Raises BadFrame: another size, an unknown kind, or a payload larger than its bound."""
         if len(header) != _HEAD.size:
             raise BadFrame(f"a message with a head of {len(header)} bytes")
-        session, number, op, position = _HEAD.unpack(header)
+        session, number, side, zero, op, position = _HEAD.unpack(header)
         try:
             kind = MessageKind(number)
         except ValueError:
             raise BadFrame(f"a message of unknown kind {number}") from None
-        if header != _HEAD.pack(session, number, op, position):
-            raise BadFrame(f"{kind.name} with unknown flags")
+        if side > 1 or zero:
+            raise BadFrame(f"{kind.name} of side {side}, with {zero:#x} where nothing belongs")
         if payload_nbytes > MAX_PAYLOAD_NBYTES[kind]:
             raise BadFrame(f"{kind.name} with {payload_nbytes} bytes")
-        return cls(session, kind, op, position)
+        return cls(session, kind, op, position, bool(side))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +20,7 @@ from snowskin.transport.ucp import abi, binding
 from snowskin.transport.ucp.api import (
     MAX_HEADER_NBYTES,
     MAX_PEER_BYTES,
+    Reply,
     Span,
     UcpFailure,
     UcpFeature,
@@ -55,15 +58,22 @@ class Pair:
             self.context, self.far_context = contexts
             self.arrived: list[tuple[bytes, bytes]] = []
             self.failures: list[UcpFailure] = []
-            self.here = self.context.open_worker(lambda _header, _payload: None)
+            self.answered: list[tuple[bytes, bytes]] = []
+            self.here = self.context.open_worker(
+                lambda header, payload, _reply: self.answered.append(
+                    (header, ctypes.string_at(payload.address, payload.nbytes))
+                )
+            )
             stack.callback(self.here.close)
             self.there = self.far_context.open_worker(self._arrive)
             stack.callback(self.there.close)
             self.endpoint = self.here.connect(self.there.address, self.failures.append)
             self._stack = stack.pop_all()
 
-    def _arrive(self, header: bytes, payload: Span) -> None:
+    def _arrive(self, header: bytes, payload: Span, reply: Reply | None) -> None:
         self.arrived.append((header, ctypes.string_at(payload.address, payload.nbytes)))
+        if reply is not None:
+            reply(b"heard " + header, self.arrived[-1][1])
 
     def run(self, condition: Callable[[], object]) -> None:
         end_s = time.monotonic() + WAIT_S
@@ -96,6 +106,25 @@ def test_message_brings_its_header_and_its_gathered_payload(pair: Pair) -> None:
     assert pair.arrived == [(b"scattered", gathered), (b"empty", b"")]
     assert ended == [None, None]
     assert pair.endpoint.transports() == ("tcp/lo",)
+
+
+@needs_ucx
+def test_message_can_be_answered_without_an_endpoint(pair: Pair) -> None:
+    source = np.arange(100, dtype=np.uint8)
+    pair.endpoint.send(b"hello", [span_of(source)], lambda _failure: None, wants_reply=True)
+    pair.endpoint.send(b"no need", (), lambda _failure: None)
+    pair.run(lambda: pair.answered and len(pair.arrived) == 2)
+    assert pair.answered == [(b"heard hello", source.tobytes())]
+
+
+@needs_ucx
+def test_loading_ucx_leaves_this_process_its_signals() -> None:
+    code = (
+        "import signal; from snowskin.transport.ucp import abi; caught = lambda: [line for line "
+        "in open('/proc/self/status') if line.startswith('SigCgt')]; before = caught(); "
+        "abi.load(); assert caught() == before, (before, caught())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_S)
 
 
 @needs_ucx
@@ -198,9 +227,9 @@ def test_without_the_feature_nobody_is_served_one_sided(name: str) -> None:
         hostile = open_context(CONFIG, ALL, binding="ctypes")
         stack.callback(hostile.close)
         arrived: list[bytes] = []
-        there = owner.open_worker(lambda header, _payload: arrived.append(header))
+        there = owner.open_worker(lambda header, _payload, _reply: arrived.append(header))
         stack.callback(there.close)
-        here = hostile.open_worker(lambda _header, _payload: None)
+        here = hostile.open_worker(lambda _header, _payload, _reply: None)
         stack.callback(here.close)
         memory = hostile.map(span_of(secret), UcpMemoryType.HOST)  # as good a key as any over tcp
         stack.callback(memory.unmap)

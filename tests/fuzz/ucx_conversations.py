@@ -78,7 +78,14 @@ class Endpoint:
     def __init__(self) -> None:
         self.said: list[tuple[MessageHead, bytes]] = []
 
-    def send(self, header: bytes, payload: Sequence[Span], done: Callable[[None], object]) -> None:
+    def send(
+        self,
+        header: bytes,
+        payload: Sequence[Span],
+        done: Callable[[None], object],
+        *,
+        wants_reply: bool = False,
+    ) -> None:
         gathered = b"".join(ctypes.string_at(*span) for span in payload)
         self.said.append((MessageHead.decode(header, len(gathered)), gathered))
         done(None)
@@ -102,14 +109,16 @@ class Thread:
         return Timer(call)
 
 
-def messages(session: bytes, stream: bytes) -> Iterator[tuple[MessageHead, bytes]]:
+def messages(
+    session: bytes, stream: bytes, *, by_owner: bool = False
+) -> Iterator[tuple[MessageHead, bytes]]:
     """What a stream of the fuzzer says."""
     while len(stream) >= 4:
         kind, op, position, nbytes = stream[:4]
         payload, stream = stream[4 : 4 + nbytes], stream[4 + nbytes :]
         kind = MessageKind(kind % len(MessageKind) + 1)
         place = (position & 0x7F) * 8 | (ONE_SIDED if position & 0x80 else 0)
-        yield MessageHead(session, kind, op, place), payload
+        yield MessageHead(session, kind, op, place, by_owner), payload
 
 
 def told(*said: tuple[MessageKind, int, int, bytes]) -> bytes:
@@ -195,11 +204,11 @@ def reader(data: bytes, *, is_push: bool) -> None:
         note=b"",
         ranges=tuple(Range(run.remote_offset, run.nbytes) for run in WANTED),
     )
-    mailbox = Mailbox(order, ask, 0)
+    mailbox = Mailbox(order, reach, ask, 0)
     links.attach(reach.address)
-    links.begin(mailbox, reach, described)
+    links.begin(mailbox)
     session = thread.endpoint.said[0][0].session
-    for head, payload in messages(session, data):
+    for head, payload in messages(session, data, by_owner=True):
         with_payload(payload, functools.partial(links.arrive, head))
     links.close(TransportError("over"))
     assert links.num_links == 0

@@ -7,6 +7,7 @@ Every structure begins with a mask of the fields that were set, so a newer libra
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -32,7 +33,7 @@ from snowskin.transport.errors import TransportUnavailable
 from snowskin.transport.ucp.api import UcpFailure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 OK = 0
 IN_PROGRESS = 1
@@ -78,6 +79,8 @@ MEM_MAP_MEMORY_TYPE = 1 << 4
 OP_CALLBACK = 1 << 1
 OP_USER_DATA = 1 << 2
 OP_DATATYPE = 1 << 3
+AM_SEND_REPLY = 1 << 0
+AM_RECV_REPLY_EP = 1 << 0
 OP_FLAGS = 1 << 4
 DATATYPE_CONTIG = 1 << 3  # of elements of one byte
 DATATYPE_IOV = 2
@@ -85,6 +88,7 @@ AM_SEND_EAGER = 1 << 1
 AM_HANDLER_ID = 1 << 0
 AM_HANDLER_CB = 1 << 2
 AM_RECV_RNDV = 1 << 17
+_SIGACTION_NBYTES = 256  # more than any platform's
 MESSAGE_ID = 1  # ucx-py takes 0 for its own
 
 SendCallback = CFUNCTYPE(None, c_void_p, c_int8, c_void_p)
@@ -296,7 +300,8 @@ def load() -> ctypes.CDLL:
         TransportUnavailable: none is here, or it is older than 1.14.
     """
     try:
-        library = [ctypes.CDLL(name) for name in library_files()][-1]
+        with _signals_kept():
+            library = [ctypes.CDLL(name) for name in library_files()][-1]
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -311,7 +316,24 @@ def load() -> ctypes.CDLL:
             f"this host's UCX is {version}",
             hint="UCX 1.14 or newer, or pip install 'snowskin[ucx]'",
         )
+    if "UCX_LOG_LEVEL" not in os.environ and hasattr(library, "ucs_global_opts_set_value"):
+        # What fails comes back as a failure; UCX would say it once more, on this process's standard output.
+        library.ucs_global_opts_set_value(b"LOG_LEVEL", b"fatal")
     return library
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Loading UCX takes SIGHUP for its debugging; this process's handlers stay its own."""
+    libc = ctypes.CDLL(None)
+    kept = {number: ctypes.create_string_buffer(_SIGACTION_NBYTES) for number in range(1, 32)}
+    for number, action in kept.items():
+        libc.sigaction(number, None, action)
+    try:
+        yield
+    finally:
+        for number, action in kept.items():
+            libc.sigaction(number, action, None)  # SIGKILL and SIGSTOP cannot be set, and were not
 
 
 def library_files(folders: Sequence[str] | None = None) -> list[str]:

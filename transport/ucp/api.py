@@ -63,8 +63,14 @@ class Span(NamedTuple):
     nbytes: int
 
 
-Arrive = Callable[[bytes, Span], object]
-"""`arrive(header, payload)`, once per message; the payload's memory is valid only within the call."""
+Reply = Callable[[bytes, bytes], object]
+"""`reply(header, payload)` answers one message, within the call that brought it; nobody is told how it ends."""
+
+Arrive = Callable[[bytes, Span, "Reply | None"], object]
+"""`arrive(header, payload, reply)` per message; the payload's memory is valid only within the call.
+
+`reply` is there where the sender asked for it: it needs no endpoint of this side, and so no address of the peer.
+"""
 
 
 class UcpRequest(Protocol):
@@ -105,13 +111,16 @@ class UcpEndpoint(Protocol):
     def failed(self) -> UcpFailure | None:
         """Why it cannot be used any more, or None."""
 
-    def send(self, header: bytes, payload: Sequence[Span], done: Done) -> UcpRequest | None:
+    def send(
+        self, header: bytes, payload: Sequence[Span], done: Done, *, wants_reply: bool = False
+    ) -> UcpRequest | None:
         """Sends one message, eagerly: it lands nowhere but in the receiver's `arrive`.
 
         Args:
             header: at most `MAX_HEADER_NBYTES`, copied.
             payload: host memory, gathered in this order; it is UCX's until `done`.
             done: told once, when the payload's memory may be reused.
+            wants_reply: the receiver may answer without an endpoint of its own.
         """
 
     def flush(self, done: Done) -> UcpRequest | None:

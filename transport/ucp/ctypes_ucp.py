@@ -8,6 +8,7 @@ the GIL (`CDLL`), so a long `progress` holds up nobody else.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import logging
 import os
@@ -141,7 +142,14 @@ class Messages:
             abi.check(status, "registering the message handler")
 
     def send(
-        self, endpoint: int, header: bytes, payload: Sequence[Span], done: Done
+        self,
+        endpoint: int,
+        header: bytes,
+        payload: Sequence[Span],
+        done: Done,
+        *,
+        wants_reply: bool = False,
+        keep: object = None,
     ) -> Request | None:
         """Posts one message on an endpoint's handle."""
         if len(header) > MAX_HEADER_NBYTES:
@@ -158,8 +166,8 @@ class Messages:
             ),
             done,
             what="send",
-            keep=(header, gathered),
-            flags=abi.AM_SEND_EAGER,
+            keep=(header, gathered, keep),
+            flags=abi.AM_SEND_EAGER | (abi.AM_SEND_REPLY if wants_reply else 0),
             datatype=abi.DATATYPE_CONTIG if gathered is None else abi.DATATYPE_IOV,
         )
 
@@ -198,11 +206,19 @@ class Messages:
         try:
             is_eager = not param.contents.recv_attr & abi.AM_RECV_RNDV
             if header is not None and header_nbytes <= MAX_HEADER_NBYTES and is_eager:
-                self._arrive(string_at(header, header_nbytes), Span(data or 0, nbytes))
+                reply = None
+                if param.contents.recv_attr & abi.AM_RECV_REPLY_EP and param.contents.reply_ep:
+                    reply = functools.partial(self._reply, param.contents.reply_ep)
+                self._arrive(string_at(header, header_nbytes), Span(data or 0, nbytes), reply)
             # Anything else no peer of ours sends: it is dropped, a rendezvous without fetching it.
         except Exception:  # C cannot carry it on; the message counts as dropped
             log.exception("a message of %d + %d bytes was dropped", header_nbytes, nbytes)
         return abi.OK
+
+    def _reply(self, endpoint: int, header: bytes, payload: bytes) -> None:
+        buffer = ctypes.create_string_buffer(payload, len(payload))
+        span = Span(ctypes.addressof(buffer), len(payload))
+        self.send(endpoint, header, (span,), _ignore, keep=buffer)
 
 
 class CtypesEndpoint:
@@ -223,9 +239,13 @@ class CtypesEndpoint:
             self.failed = failure
             self._on_failure(failure)
 
-    def send(self, header: bytes, payload: Sequence[Span], done: Done) -> CtypesRequest | None:
+    def send(
+        self, header: bytes, payload: Sequence[Span], done: Done, *, wants_reply: bool = False
+    ) -> CtypesRequest | None:
         """Sends one message."""
-        return self._worker.requested(self._messages.send(self.handle, header, payload, done))
+        return self._worker.requested(
+            self._messages.send(self.handle, header, payload, done, wants_reply=wants_reply)
+        )
 
     def flush(self, done: Done) -> CtypesRequest | None:
         """Tells when all earlier operations are complete at the peer."""

@@ -152,9 +152,13 @@ class UcxPyEndpoint:
 
         self._endpoint.set_close_callback(failed)
 
-    def send(self, header: bytes, payload: Sequence[Span], done: Done) -> UcxPyRequest | None:
+    def send(
+        self, header: bytes, payload: Sequence[Span], done: Done, *, wants_reply: bool = False
+    ) -> UcxPyRequest | None:
         """Sends one message."""
-        request = self._worker.messages.send(self._handle, header, payload, done)
+        request = self._worker.messages.send(
+            self._handle, header, payload, done, wants_reply=wants_reply
+        )
         if request is None:
             return None
         return UcxPyRequest(functools.partial(request.cancel_on, self._worker.messages.worker))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from snowskin.transport.api import RegionDescriptor, TrafficClass
-from snowskin.transport.errors import BadDescriptor, PeerLost, TransportUnavailable
+from snowskin.transport.errors import BadDescriptor, GrantRefused, PeerLost, TransportUnavailable
 from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welcome, encode
 from snowskin.transport.grants import Completion, GrantTable, Range
 from snowskin.transport.memory import region_of
@@ -109,17 +109,31 @@ def stage() -> OwnerStage:
     return made
 
 
-def test_whoever_has_no_living_grant_is_not_answered() -> None:
+def test_whoever_has_no_living_grant_is_refused_without_using_its_address() -> None:
     stage = OwnerStage()
+    replies: list[tuple[bytes, bytes]] = []
     for hello in (
         replace(HELLO, capability=b"?" * 16),
         replace(HELLO, epoch=6),
         replace(HELLO, generation=4),
     ):
         stage.greet(hello=hello)
+        with_payload(
+            hello.encode(),
+            lambda span: stage.owner.arrive(
+                MessageHead(SESSION, MessageKind.HELLO, 0, 0),
+                span,
+                lambda *said: replies.append(said),
+            ),
+        )
     assert not stage.thread.endpoint.said
+    for header, payload in replies:
+        head, fail = MessageHead.decode(header, 0), decode_frame(payload)
+        assert (head.session, head.kind, head.by_owner) == (SESSION, FRAME, True)
+        assert isinstance(fail, Fail)
+        assert (fail.op, fail.reason) == (0, "GRANT_REFUSED")
     assert stage.owner.num_sessions == 0
-    assert stage.ledger.counts == {"GRANT_REFUSED": 3}
+    assert stage.ledger.counts == {"GRANT_REFUSED": 6}
 
 
 def test_grant_whose_life_is_over_greets_nobody() -> None:
@@ -127,7 +141,7 @@ def test_grant_whose_life_is_over_greets_nobody() -> None:
     stage.grants.renew(CAPABILITIES[0], expires_in_s=1.0, now_s=0.0)
     stage.greet()
     assert not stage.thread.endpoint.said
-    assert stage.ledger.counts == {"GRANT_REFUSED": 1}
+    assert stage.ledger.counts == {"REGION_EXPIRED": 1}
 
 
 def test_peers_beyond_the_limit_are_not_answered() -> None:
@@ -251,6 +265,33 @@ def test_pull_that_is_given_up_sends_no_more(stage: OwnerStage) -> None:
     assert stage.ledger.counts == {"failed": 1}
 
 
+def test_reader_that_leaves_is_forgotten_with_all_that_it_asked(stage: OwnerStage) -> None:
+    stage.frame(PULL._replace(ranges=(Range(0, stage.nbytes),)))
+    stage.hear(STOP, 0)
+    assert stage.owner.num_sessions == 0
+    assert stage.ledger.counts == {"failed": 1}
+
+
+def test_owner_that_closes_says_so() -> None:
+    stage = OwnerStage()
+    stage.greet()
+    stage.frames()
+    stage.owner.close()
+    assert [(head.kind, head.op) for head, _ in stage.thread.endpoint.said] == [(STOP, 0)]
+    reader = ReaderStage()
+    reader.hear(STOP, 0)
+    with pytest.raises(PeerLost, match="the-owner has closed"):
+        reader.next()
+
+
+def test_reader_that_closes_says_so() -> None:
+    stage = ReaderStage()
+    stage.reader.detach(stage.mailbox.reach.address)
+    head, _ = stage.thread.endpoint.said[-1]
+    assert (head.kind, head.op) == (STOP, 0)
+    assert stage.reader.num_links == 0
+
+
 def test_owner_that_offers_no_one_sided_access_clears_none(stage: OwnerStage) -> None:
     stage.frame(PULL, ONE_SIDED)
     (fail,) = stage.frames()
@@ -277,7 +318,7 @@ def test_more_urgent_pulls_send_first() -> None:
     stage = OwnerStage(replace(SETTINGS, max_chunks_posted=1))
     stage.greet()
     held: list[Any] = []
-    stage.thread.endpoint.send = lambda header, payload, done: (  # type: ignore[method-assign]
+    stage.thread.endpoint.send = lambda header, payload, done, **_: (  # type: ignore[method-assign]
         held.append((MessageHead.decode(header, 0), done))
     )
     for op, traffic in ((1, 2), (2, 2), (3, 0), (4, 1)):
@@ -295,7 +336,7 @@ def test_more_urgent_pulls_send_first() -> None:
 class ReaderStage:
     """A reader with one transfer under way, op 1, whose owner has said WELCOME."""
 
-    def __init__(self, *, is_push: bool = False, position: int = 0) -> None:
+    def __init__(self, *, is_push: bool = False, position: int = 0, welcome: bool = True) -> None:
         self.local = region_of(np.zeros(1024, dtype=np.uint8))
         self.thread = Thread()
         thread: Any = self.thread
@@ -309,14 +350,15 @@ class ReaderStage:
         )
         ranges = tuple(Range(run.remote_offset, run.nbytes) for run in WANTED)
         ask = (PUSH if is_push else PULL)._replace(ranges=ranges)
-        self.mailbox = Mailbox(order, ask, position)
+        self.mailbox = Mailbox(order, reach, ask, position)
         self.reader.attach(reach.address)
-        self.reader.begin(self.mailbox, reach, SEALED)
+        self.reader.begin(self.mailbox)
         self.session = self.thread.endpoint.said[0][0].session
-        self.hear(FRAME, payload=encode(WELCOME))
+        if welcome:
+            self.hear(FRAME, payload=encode(WELCOME))
 
     def hear(self, kind: MessageKind, op: int = 0, position: int = 0, payload: bytes = b"") -> None:
-        head = MessageHead(self.session, kind, op, position)
+        head = MessageHead(self.session, kind, op, position, by_owner=True)
         with_payload(payload, functools.partial(self.reader.arrive, head))
 
     def next(self) -> object:
@@ -331,7 +373,7 @@ PULL_LIES = [
     (FRAME, 0, 0, encode(Clear(op=1))),
     (FRAME, 0, 0, encode(Done(op=1, note=b""))),
     (FRAME, 0, 0, encode(PULL)),
-    (STOP, 1, 0, b""),
+    (STOP, 1, 0, b""),  # it may leave altogether, but not stop one
 ]
 
 
@@ -374,12 +416,45 @@ def test_refusal_comes_back_as_the_owners_error() -> None:
     assert stage.reader.num_links == 1
 
 
+def test_right_that_is_refused_at_the_first_word_does_not_spoil_the_others() -> None:
+    """Two transfers wait for the owner's first answer; only the one whose grant it does not know fails."""
+    stage = ReaderStage(welcome=False)
+    other = replace(SEALED, capability=b"another, living!")
+    order = stage.mailbox.order._replace(
+        remote=UcxRegion(
+            other,
+            stage.mailbox.reach,
+            writable=True,
+            expires_at_s=1e9,
+            forget=lambda _region: None,
+        )
+    )
+    ask = stage.mailbox.ask._replace(op=2, capability=other.capability)
+    second = Mailbox(order, stage.mailbox.reach, ask, 0)
+    stage.reader.begin(second)
+    fail = Fail(op=0, reason="GRANT_REFUSED", retry_after_ms=0, message="no such grant")
+    stage.hear(FRAME, payload=encode(fail))
+    with pytest.raises(GrantRefused, match="the-owner refused it"):
+        stage.next()
+    greetings = [
+        (head.session, payload)
+        for head, payload in stage.thread.endpoint.said
+        if head.kind is MessageKind.HELLO
+    ]
+    assert len(greetings) == 2
+    assert other.capability in greetings[1][1]
+    stage.session = greetings[1][0]
+    stage.hear(FRAME, payload=encode(WELCOME))
+    stage.hear(DATA, 2, 0, b"abc")
+    item: Any = second.next(lambda: 0.0)
+    assert item[1] == 3
+
+
 def test_lost_owner_is_asked_again_only_after_a_pause() -> None:
     stage = ReaderStage()
     stage.hear(*PULL_LIES[0])
-    again = Mailbox(stage.mailbox.order, stage.mailbox.ask, 0)
-    region: Any = stage.mailbox.order.remote
-    stage.reader.begin(again, region.reach, SEALED)
+    again = Mailbox(stage.mailbox.order, stage.mailbox.reach, stage.mailbox.ask, 0)
+    stage.reader.begin(again)
     with pytest.raises(PeerLost, match="a moment ago") as caught:
         again.next(lambda: 0.0)
     assert 0 < (caught.value.retry_after_s or 0) <= SETTINGS.reconnect_s
