@@ -91,7 +91,7 @@ class Connection:
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
         is_pushing: the owner may be landing what was sent on it.
-        hung_up: the keeper has seen its end.
+        hung_up: the owner has ended it, or somebody interrupted it.
         wants_room: what it waits for is room to send, not something to receive.
     """
 
@@ -461,8 +461,10 @@ class Connection:
     def interrupt(self) -> None:
         """Ends whatever waits on it, from any thread; the descriptor stays its user's.
 
-        While it pushes only the sending, so that the owner's end can still be seen.
+        While it pushes only the sending, so that the owner's end can still be seen. It serves no other transfer, even if
+        this one was through already.
         """
+        self.hung_up = True
         with contextlib.suppress(OSError):
             # Not SSLSocket's own: that would let its user go on reading, in the clear.
             socket.socket.shutdown(

@@ -135,22 +135,6 @@ def test_attaching_waits_for_nobody_and_one_connection_serves_one_after_the_othe
         assert (owner.num_connections, rig.statistics.num_connected) == (1, 1)
 
 
-def test_two_at_once_have_a_connection_each():
-    barrier = threading.Barrier(2)
-
-    def serve(stream):
-        ask = greeted(stream)
-        barrier.wait(WITHIN_S)
-        answer(stream, ask)
-        next_ask(stream)
-
-    with RawOwner(serve) as owner, Rig(owner) as rig:
-        other = InThread(lambda: rig.pull(Run(0, 5000, 1000)))
-        rig.pull()
-        assert other.ended(WITHIN_S) is None
-        assert rig.statistics.num_connections == 2
-
-
 def test_a_connection_that_died_in_the_pool_is_replaced_once_in_silence():
     def once(stream, asked):
         answer(stream, greeted(stream))
@@ -450,6 +434,13 @@ def test_cancelling_a_transfer_that_has_ended_hurts_nobody():
         control.cancel()
         rig.pull(Run(0, 0, 1000))
         assert owner.num_connections == 1
+
+
+def test_a_connection_that_was_interrupted_too_late_is_not_kept():
+    control = TransferControl()
+    with RawOwner(serve_all) as owner, Rig(owner) as rig:
+        rig.pull(control=control, landed=lambda *_: control.cancel())
+        assert rig.statistics.num_connections == 0
 
 
 def test_there_may_be_no_deadline():
