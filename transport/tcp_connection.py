@@ -461,8 +461,8 @@ class Connection:
     def interrupt(self) -> None:
         """Ends whatever waits on it, from any thread; the descriptor stays its user's.
 
-        While it pushes only the sending, so that the owner's end can still be seen. It serves no other transfer, even if
-        this one was through already.
+        While it pushes only the sending, so that the owner's end can still be seen. It serves no other transfer, even
+        if this one was through already.
         """
         self.hung_up = True
         with contextlib.suppress(OSError):

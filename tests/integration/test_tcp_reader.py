@@ -436,13 +436,6 @@ def test_cancelling_a_transfer_that_has_ended_hurts_nobody():
         assert owner.num_connections == 1
 
 
-def test_a_connection_that_was_interrupted_too_late_is_not_kept():
-    control = TransferControl()
-    with RawOwner(serve_all) as owner, Rig(owner) as rig:
-        rig.pull(control=control, landed=lambda *_: control.cancel())
-        assert rig.statistics.num_connections == 0
-
-
 def test_there_may_be_no_deadline():
     with RawOwner(serve_all) as owner, Rig(owner) as rig:
         rig.pull(within_s=float("inf"))
@@ -588,3 +581,19 @@ def test_an_abandoned_push_is_in_quarantine_until_its_owner_has_ended_the_connec
         go.set()
         eventually(lambda: not rig.remote.quarantined.held, WITHIN_S)
         rig.push(Run(999, 0, 1000))
+
+
+def test_a_connection_that_was_interrupted_too_late_is_not_kept():
+    control, go = TransferControl(), threading.Event()
+
+    def serve(stream):
+        ask = greeted(stream)
+        stream.say(Clear(op=ask.op))
+        assert isinstance(stream.hear(), Data)
+        stream.say(Done(op=ask.op, note=b""))
+        go.wait(WITHIN_S)
+
+    with RawOwner(serve) as owner, Rig(owner) as rig:
+        rig.push(control=control, landed=lambda *_: control.cancel())
+        assert rig.statistics.num_connections == 0
+        go.set()
