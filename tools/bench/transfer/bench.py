@@ -43,7 +43,8 @@ def run(options: BenchOptions) -> Report:
     """Measures all parts in one run."""
     others, missing = ((), {}) if options.smoke else peers.runnable()
     folders = peers.package_folders(options.peers_python)
-    contestants = (*sizes.LIMITS, *sizes.OURS, *others)
+    beside = (sizes.TCP_FREE, *others) if others else ()
+    contestants = (*sizes.LIMITS, *sizes.OURS, *beside)
     rows: list[Row] = []
     with (
         Memory(SMOKE_POOL_NBYTES if options.smoke else POOL_NBYTES) as memory,

@@ -30,7 +30,7 @@ GOAL_PD_SERVE = 0.54
 TCP = Contestant(
     name="tcp calls", backend="ours", pair=OTHERS, options={"scheme": "tcp"}, is_free=True
 )
-GLOO = Contestant(name="gloo", backend="gloo", pair="gloo")
+GLOO = Contestant(name="gloo", backend="gloo", pair="gloo", is_free=True, is_chatty=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,8 +205,6 @@ class End:
     def _pull(self, order: Json) -> Json:
         """Some pulls in a row; their seconds, and this process's CPU."""
         pull, repeat = self._pulls[_key(order)], cast("int", order["repeat"])
-        if repeat > 1:  # short ones: what another pair left in the caches is not this one's cost
-            pull()
         cpu_before_s, began_s = cpu_s(), time.perf_counter()
         for _ in range(repeat):
             pull()

@@ -55,6 +55,7 @@ class Contestant:
         own_network: it needs a network namespace of its own.
         congestion: TCP's congestion control there; empty: as on the host.
         is_free: each end may run on both cores; peers always may.
+        is_chatty: what its libraries say on stderr is dropped.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Contestant:
     own_network: bool = False
     congestion: str = ""
     is_free: bool = False
+    is_chatty: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,11 +141,15 @@ class EndProcess:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
-    def close(self) -> None:
-        """Ends it; kills it where it does not end by itself."""
+    def hang_up(self) -> None:
+        """Gives no more orders: it ends by itself; `close` waits for that."""
         self.signal(signal.SIGCONT)
         self._lines.close()
         self._control.close()
+
+    def close(self) -> None:
+        """Waits for its end; kills it where that does not come."""
+        self.hang_up()
         try:
             self.process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -194,7 +200,12 @@ class Pair:
                 network_of=network_of,
                 congestion=self._first.congestion,
             )
-            return EndProcess(spec, ours, self._first.environment, quiet=self._first.is_peer)
+            return EndProcess(
+                spec,
+                ours,
+                self._first.environment,
+                quiet=self._first.is_peer or self._first.is_chatty,
+            )
 
     def open(self) -> None:
         """Connects the two; who cannot run is in `missing` afterwards, with the reason."""
@@ -218,9 +229,11 @@ class Pair:
         return "missing" not in self.reader.ask(_prepare_order(name, shape, checked=checked))
 
     def pull(self, name: str, shape: Shape, *, checked: bool) -> Taken:
-        """A round's pulls of one contestant."""
-        owner_before_s = cast("float", self.owner.ask({"do": "cpu"})["cpu_s"])
+        """A round's pulls of one contestant, after one that warms short ones up: others had the caches before."""
         order: Json = {"do": "pull", "name": name, "shape": shape.name, "checked": checked}
+        if shape.repeat > 1:
+            self.reader.ask(order | {"repeat": 1})
+        owner_before_s = cast("float", self.owner.ask({"do": "cpu"})["cpu_s"])
         taken = self.reader.ask(order | {"repeat": shape.repeat})
         owner_s = cast("float", self.owner.ask({"do": "cpu"})["cpu_s"]) - owner_before_s
         cpu_s = owner_s + cast("float", taken["cpu_s"])
@@ -302,6 +315,12 @@ class Pair:
             if end is not None:
                 end.signal(number)
 
+    def hang_up(self) -> None:
+        """Lets both processes end; `close` waits for that."""
+        for end in (self._reader, self.owner):
+            if end is not None:
+                end.hang_up()
+
     def close(self) -> None:
         """Ends both processes, the reader first."""
         for end in (self._reader, self.owner):
@@ -367,3 +386,5 @@ def open_pairs(
             pair.open()
             pair.suspend()
         yield pairs
+        for pair in pairs.values():
+            pair.hang_up()  # all at once; the stack waits for one after the other

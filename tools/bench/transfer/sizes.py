@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 SMALL_NBYTES = 4 * KIB
 GOAL_HELD_LEASE_US = 3.0
-MEMCPY, RANGES = "memcpy", "sockets"
-UNIX = "unix sockets"
+MEMCPY, RANGES, UNPACED, UNIX = "memcpy", "sockets", "sockets unpaced", "unix sockets"
 
 
 def _limit(name: str, backend: str = "sockets", **options: Option) -> Contestant:
@@ -34,13 +33,21 @@ def _limit(name: str, backend: str = "sockets", **options: Option) -> Contestant
 LIMITS = (
     _limit(MEMCPY, "memcpy"),
     _limit(RANGES),
-    _limit("sockets unpaced", congestion=peers.UNPACED),
+    _limit(UNPACED, congestion=peers.UNPACED),
     _limit("sockets sendfile", call="sendfile", congestion=peers.UNPACED),
     _limit("sockets 2 streams", streams=2, congestion=peers.UNPACED),
     _limit("sockets 4 streams", streams=4, congestion=peers.UNPACED),
     _limit(UNIX, family="unix"),
 )
 PLAIN = tuple(each.name for each in LIMITS if each.name.startswith("sockets"))
+TCP_FREE = Contestant(
+    name="tcp on both cores",
+    backend="ours",
+    pair="tcp free",
+    options={"scheme": "tcp"},
+    is_free=True,
+)
+"""What peers are compared with: their ends have threads that poll, and may use both cores, too."""
 OURS = tuple(
     Contestant(name=scheme, backend="ours", pair=scheme, options={"scheme": scheme})
     for scheme in ("shm", "tcp", "ucx")
@@ -108,7 +115,7 @@ def measure_shape(
         pair.resume()
         cases += [
             (contestant.name, checked, pair)
-            for checked in ((False,) if contestant.is_peer else (False, True))
+            for checked in ((False,) if contestant.is_peer or contestant.is_free else (False, True))
             if pair.prepare(contestant.name, shape, checked=checked)
         ]
         pair.suspend()
@@ -142,7 +149,8 @@ def round_trip_row(limits: Pair, rounds: int) -> Row:
 def _rows_of_ours(measured: Measured, name: str, *, checked: bool) -> list[Row]:
     """One of our transports against the limit of its path, CPU included, and the others against it."""
     local = name == "shm"
-    reference = MEMCPY if local else measured.best(PLAIN, checked=checked)
+    plain = (RANGES, UNPACED) if measured.is_small else PLAIN  # a raw round trip is of one stream
+    reference = MEMCPY if local else measured.best(plain, checked=checked)
     if reference is None:
         return []
     what = _what(measured, name, checked=checked)
@@ -157,7 +165,7 @@ def _rows_of_ours(measured: Measured, name: str, *, checked: bool) -> list[Row]:
     ]
     if measured.shape.is_scattered and not local and (RANGES, checked) in measured.taken:
         bound = Goal(of="ratio", relation=">=", bound=1.2) if name == "tcp" else None
-        by_range = measured.best(("sockets", "sockets unpaced"), checked=checked) or RANGES
+        by_range = measured.best((RANGES, UNPACED), checked=checked) or RANGES
         rows[0] = _paired(
             f"{what} against {_called(by_range, checked=checked)}, range by range",
             lambda each: measured.speeds(each, checked=checked),
@@ -171,9 +179,7 @@ def _rows_of_ours(measured: Measured, name: str, *, checked: bool) -> list[Row]:
             lambda each: measured.cpu(each, checked=checked),
             (name, reference),
             "s/GB",
-            Goal(of="ratio", relation="<=", bound=1.2)
-            if name == "tcp" and not measured.is_small
-            else None,
+            _cpu_goal(measured, name),
         )
     )
     return rows
@@ -190,21 +196,26 @@ def _goal(measured: Measured, name: str) -> Goal | None:
     return Goal(of="ratio", relation=">=", bound=0.95 if name == "shm" else 1.0)
 
 
+def _cpu_goal(measured: Measured, name: str) -> Goal | None:
+    judged = name == "tcp" and measured.shape.nbytes >= MIB
+    return Goal(of="ratio", relation="<=", bound=1.2) if judged else None
+
+
 def _rows_of_others(measured: Measured) -> list[Row]:
     """Ours over TCP against each peer, and every limit and peer against the best plain sockets."""
     ahead = [
         _paired(
-            f"{_what(measured, 'tcp', checked=False)} against {peer.name}",
+            f"{_what(measured, TCP_FREE.name, checked=False)} against {peer.name}",
             measured.speeds,
-            ("tcp", peer.name),
+            (TCP_FREE.name, peer.name),
             measured.unit,
             _goal_over(peer, measured),
         )
         for peer in peers.PEERS
-        if (peer.name, False) in measured.taken and ("tcp", False) in measured.taken
+        if (peer.name, False) in measured.taken and (TCP_FREE.name, False) in measured.taken
     ]
     best = measured.best(PLAIN)
-    ours = {each.name for each in OURS}
+    ours = {each.name for each in (*OURS, TCP_FREE)}
     others = [each for each in measured.names(checked=False) if each not in ours | {best}]
     if best is None:
         return ahead
