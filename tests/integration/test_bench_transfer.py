@@ -21,6 +21,7 @@ def test_a_brief_run_answers_in_every_part_and_leaves_no_process():
         "calls per request: segment",
         "late joiner",
         "control call beside tcp",
+        "probe of a node beside its data plane",
         "pull: reserved and idle decode memory",
     ):
         assert [name for name in names if name.startswith(part)], part

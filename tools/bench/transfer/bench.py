@@ -1,8 +1,8 @@
 """How near to the memory and to the wire do our transports come, and how far ahead of other systems?
 
 Parts, a file each: `sizes.py` (every size by every contestant), `calls.py` (layouts, and what a call costs),
-`holding.py` (pull against push under a small decode pool), `idle.py` and `control.py` (what a data plane costs those
-who do not use it). Every process of it sees the same two memories and the same two cores.
+`holding.py` (pull against push under a small decode pool), `idle.py`, `control.py` and `node_control.py` (what a data
+plane costs those who do not use it). Every process of it sees the same two memories and the same two cores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from snowskin.tools.bench.transfer import (
     control,
     holding,
     idle,
+    node_control,
     peers,
     schedule,
     sizes,
@@ -63,6 +64,8 @@ def run(options: BenchOptions) -> Report:
             smoke=options.smoke,
         )
     more_rows, more_notes = _other_parts(options)
+    rounds = min(options.runs, FEW_ROUNDS)
+    more_rows += node_control.node_rows(rounds=rounds, smoke=options.smoke)
     return Report(
         bench="transfer",
         host=host_facts(),

@@ -7,6 +7,7 @@ thread that serves sockets stands beside it: less than that costs, no data plane
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,8 @@ from snowskin.tools.bench.transfer.echo import EchoCaller
 from snowskin.tools.bench.transfer.pair import OTHERS, Contestant
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from snowskin.tools.bench.transfer.end import Json
     from snowskin.tools.bench.transfer.pair import Pair
     from snowskin.tools.bench.transfer.shape import Shape
@@ -61,36 +64,57 @@ def control_rows(
     }
     try:
         for _ in range(rounds):
-            idle.append(_calls_us(caller, listen_s))
+            idle.append(calls_us(caller.call, listen_s))
             pair.reader.send(order)
             time.sleep(SETTLE_S)
-            loaded.append(_calls_us(caller, listen_s))
+            loaded.append(calls_us(caller.call, listen_s))
             served = pair.reader.answer()
             pulled_nbytes = cast("int", served["num_pulls"]) * shape.nbytes
             rates.append(pulled_nbytes / cast("float", served["seconds"]) / 1e9)
     finally:
         caller.close()
     scheme = contestant.name.partition(" ")[0]
-    judged = Goal(of="ratio", relation="<=", bound=GOAL_RATIO) if scheme == "tcp" else None
-    rate = sorted(rates)[len(rates) // 2]
+    return ratio_rows("control call", scheme, idle, loaded, rates, is_judged=scheme == "tcp")
+
+
+def ratio_rows(
+    call: str,
+    beside: str,
+    idle: list[list[float]],
+    loaded: list[list[float]],
+    rates: list[float],
+    *,
+    is_judged: bool,
+) -> list[Row]:
+    """Percentiles of a call under load against idle, microseconds by round; only the 99th is judged.
+
+    Args:
+        call: what was called.
+        beside: what was serving.
+        idle: without load.
+        loaded: with it.
+        rates: at which it served, GB/s, by round.
+        is_judged: whether the goal is this one's.
+    """
+    goal = Goal(of="ratio", relation="<=", bound=GOAL_RATIO)
     return [
         make_paired_row(
-            f"control call beside {scheme} serving {rate:.1f} GB/s, {name}",
+            f"{call} beside {beside} serving {statistics.median(rates):.1f} GB/s, {name}",
             [_share(sample, share) for sample in loaded],
             "us",
             reference=("idle", [_share(sample, share) for sample in idle]),
-            goal=judged if share > 0.5 else None,
+            goal=goal if is_judged and name == "p99" else None,
         )
         for name, share in (("p99", 0.99), ("p50", 0.5))
     ]
 
 
-def _calls_us(caller: EchoCaller, for_s: float) -> list[float]:
+def calls_us(call: Callable[[], None], for_s: float) -> list[float]:
     """Microseconds of each call made within that time."""
     samples = []
     until_s = time.perf_counter() + for_s
     while (began_s := time.perf_counter()) < until_s:
-        caller.call()
+        call()
         samples.append((time.perf_counter() - began_s) * 1e6)
     return samples
 
