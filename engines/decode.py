@@ -40,6 +40,7 @@ from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.errors import BadRequest
 from snowskin.kvstore.messages import WakeReason
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ class DecodeInstance:
             one_reader=False,
             timeout_s=self._limits.publish_timeout_s,
             gate=self._publish_gate,
+            traffic=TrafficClass.PREFETCH,  # for a later turn: nobody waits for it now
         )
         async with BlockPublisher(
             self._nodes.own, keys, sequence.block_ids, rules, request_id=start.request_id

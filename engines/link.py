@@ -23,6 +23,7 @@ from snowskin.kvstore.client.guard import NodeGuard
 from snowskin.kvstore.client.machine import PullBounds
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.telemetry import bound_request, get_logger
+from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class StoreLink:
         parent_key: bytes,
         one_reader: bool,
         timeout_s: float,
+        traffic: TrafficClass = TrafficClass.DECODE_CRITICAL,
         request_id: str,
     ) -> Published:
         """Makes blocks readable for others, as `StoreClient.publish`."""
@@ -171,6 +173,7 @@ class StoreLink:
                 local_offsets=self._offsets(block_ids),
                 one_reader=one_reader,
                 timeout_s=timeout_s,
+                traffic=traffic,
                 request_id=bound_request() or request_id,
             )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 from snowskin.engines.cancellation import ended
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.tracing import traced
+from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class PublishRules:
         one_reader: the blocks go with their first reader.
         timeout_s: of one publish.
         gate: taken for each publish; bounds those under way in the whole instance.
+        traffic: how urgent the blocks are.
     """
 
     max_blocks: int
     one_reader: bool
     timeout_s: float
     gate: asyncio.Semaphore
+    traffic: TrafficClass = TrafficClass.DECODE_CRITICAL
 
 
 class BlockPublisher:
@@ -168,6 +171,7 @@ class BlockPublisher:
                 parent_key=self._keys.parent_of(first),
                 one_reader=self._rules.one_reader,
                 timeout_s=self._rules.timeout_s,
+                traffic=self._rules.traffic,
                 request_id=self._request_id,
             )
         except SnowskinError as error:

@@ -118,6 +118,7 @@ class FakeStoreClient:
         local_offsets,
         one_reader=False,
         timeout_s=2.0,
+        traffic=None,
         request_id="",
     ) -> Published:
         began_s = time.monotonic()

@@ -25,7 +25,9 @@ class Link:
         self.gate.set()
         self.fail_at = None
 
-    async def publish(self, keys, block_ids, *, parent_key, one_reader, timeout_s, request_id):
+    async def publish(
+        self, keys, block_ids, *, parent_key, one_reader, timeout_s, traffic, request_id
+    ):
         await self.gate.wait()
         if self.fail_at == len(self.published):
             raise PoolExhausted("full")
