@@ -16,6 +16,7 @@ from snowskin.transport.memory import Memfd
 from snowskin.transport.registry import open_transport
 from tests.support.raw_tcp import WELCOME, at, reachable
 from tests.support.relay import DOWN, UP, Relay
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from snowskin.transport.api import RegionDescriptor
@@ -88,8 +89,11 @@ def stages(
 ) -> dict[str, Stage]:
     """Where the stages of this transfer are, found by doing it once on a connection of its own."""
     descriptor = owner.describe(writable=is_push)
+    num_served = owner.statistics()["num_served"]
     with Relay(reachable(descriptor)) as relay, Reader(landing) as reader:
         reader.move(through(relay, descriptor), nbytes, is_push=is_push, note=NOTE)
+        # The reader is through before its last word is.
+        eventually(lambda: owner.statistics()["num_served"] > num_served, 5.0, "served")
         up_nbytes = relay.passed[UP]
     owner.ask("revoke", descriptor=descriptor.to_bytes().hex())
     if is_push:
