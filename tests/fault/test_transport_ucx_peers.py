@@ -93,11 +93,6 @@ class Reader:
         self.local.close()
 
 
-@pytest.fixture(params=[False, True], ids=["by messages", "one-sided"])
-def one_sided(request):
-    return request.param
-
-
 class After:
     """A `landed` that does something once, in the middle of the transfer, and says when."""
 
@@ -113,7 +108,15 @@ class After:
             self.done_s = time.monotonic()
 
 
-@pytest.mark.parametrize("is_push", [False, True], ids=["pull", "push"])
+@pytest.mark.parametrize(
+    ("one_sided", "is_push"),
+    [
+        pytest.param(False, False, id="pull"),
+        pytest.param(False, True, id="push"),
+        pytest.param(True, False, id="one-sided pull"),
+        pytest.param(True, True, id="one-sided push", marks=pytest.mark.soak),
+    ],
+)
 def test_killed_owner_is_noticed_within_a_second(owned, one_sided, is_push):
     settings: dict[str, Any] = {
         "trusted_network": one_sided,
@@ -218,8 +221,8 @@ def test_reader_that_takes_nothing_cannot_keep_the_owners_memory(lasting_owner):
 
 
 def test_stopped_owner_does_not_keep_the_landing_region_of_a_one_sided_pull(owned):
-    settings: dict[str, Any] = IMPATIENT | {"trusted_network": True, "name": "the-sleeper"}
-    with TransferChild("ucx", owned, **settings) as owner, Reader(trusted_network=True) as reader:
+    patient: dict[str, Any] = {"trusted_network": True, "heartbeat_s": 10.0, "silence_s": 30.0}
+    with TransferChild("ucx", owned, **IMPATIENT | patient) as owner, Reader(**patient) as reader:
         remote = reader.transport.attach(owner.describe())
         result = []
 

@@ -15,8 +15,9 @@ from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welc
 from snowskin.transport.grants import Completion, GrantTable, Range
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import Order
+from snowskin.transport.ucp.api import UcpFailure
 from snowskin.transport.ucx import UcxRegion
-from snowskin.transport.ucx_conversation import Cursor, FairQueue
+from snowskin.transport.ucx_conversation import Conversation, Cursor, FairQueue
 from snowskin.transport.ucx_owner import Owner
 from snowskin.transport.ucx_reader import Mailbox, Reader
 from snowskin.transport.ucx_settings import CHUNK_NBYTES, UcxSettings, is_hardware
@@ -479,6 +480,24 @@ def test_extra_part_belongs_to_one_descriptor_alone() -> None:
     ):
         with pytest.raises(BadDescriptor):
             Reach.open(replace(SEALED, **other))
+
+
+def test_peer_that_takes_nothing_is_lost_and_lets_go_of_the_memory() -> None:
+    thread: Any = Thread()
+    ends: list[Any] = []
+    thread.endpoint.send = lambda _header, _payload, done, **_: ends.append(done)
+    thread.endpoint.close = lambda _done: [end(UcpFailure("CANCELED", "send")) for end in ends]
+    lost: list[PeerLost] = []
+    let_go: list[str] = []
+    talk = Conversation(thread, b"where", SESSION, "slow", is_owner=True, on_lost=lost.append)
+    talk.send_data(1, 0, (), lambda: let_go.append("memory"))
+    began_s = talk.said_at_s
+    talk.check(began_s + 2.9, silence_s=100.0, stall_s=3.0)
+    assert not lost
+    talk.check(began_s + 3.1, silence_s=100.0, stall_s=3.0)
+    assert "slow took nothing for 3.1 s" in str(lost[0])
+    assert let_go == ["memory"]
+    assert len(lost) == 1
 
 
 def test_cursor_takes_all_bytes_once_in_spans_and_parts() -> None:
