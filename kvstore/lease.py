@@ -3,7 +3,8 @@
 Rules kept here: a lease is one object over any number of extents, never a count a block. Its holder counts its
 life from when it sent the request, this table from when it answered, so the holder always stops first. At
 `expires_at_s` a lease is over: it cannot be renewed, nothing is committed under it. What it protected may be
-reused only a grace later, because a holder that checked its clock just before may still be reading. Renewing
+reused only a grace later, because a holder that checked its clock just before may still be reading; without one,
+where the holder reaches nothing by itself, and who serves it looks at the lease before every piece. Renewing
 never prolongs a lease beyond `max_life_s` from its grant. What was granted elsewhere under a lease (`LeaseGrants`)
 lives with it, and is taken back here before anybody learns that the lease is over: before its room can be another's.
 Time never runs by itself: the caller brings it.
@@ -35,6 +36,7 @@ class GrantedLease(Generic[HoldT]):
     hold: HoldT
     granted_at_s: float
     expires_at_s: float
+    grace_s: float
 
     def is_live(self, now_s: float) -> bool:
         """Whether its holder may still act under it."""
@@ -94,14 +96,22 @@ class LeaseTable(Generic[HoldT]):
         return iter(self._leases.values())
 
     def grant(
-        self, lease_id: LeaseId, session_id: SessionId, hold: HoldT, *, ttl_s: float, now_s: float
+        self,
+        lease_id: LeaseId,
+        session_id: SessionId,
+        hold: HoldT,
+        *,
+        ttl_s: float,
+        now_s: float,
+        has_grace: bool = True,
     ) -> GrantedLease[HoldT]:
-        """A new lease of `ttl_s` seconds, or less."""
+        """A new lease of `ttl_s` seconds, or less; `has_grace` where its holder reaches memory by itself."""
         ttl_s = min(ttl_s, self._max_ttl_s) if ttl_s > 0 else self._max_ttl_s
-        lease = GrantedLease(lease_id, session_id, hold, now_s, now_s + ttl_s)
+        grace_s = self._grace_s if has_grace else 0.0
+        lease = GrantedLease(lease_id, session_id, hold, now_s, now_s + ttl_s, grace_s)
         self._leases[lease_id] = lease
         self._by_session.setdefault(session_id, {})[lease_id] = lease
-        heapq.heappush(self._checks, (lease.expires_at_s + self._grace_s, lease_id))
+        heapq.heappush(self._checks, (lease.expires_at_s + grace_s, lease_id))
         return lease
 
     def get(self, lease_id: LeaseId) -> GrantedLease[HoldT] | None:
@@ -133,7 +143,7 @@ class LeaseTable(Generic[HoldT]):
         lease = self._leases.get(lease_id)
         if lease is not None and lease.is_live(now_s):
             lease.expires_at_s = now_s
-            heapq.heappush(self._checks, (now_s + self._grace_s, lease_id))
+            heapq.heappush(self._checks, (now_s + lease.grace_s, lease_id))
             self.grants.take_back(lease_id)
         return lease
 
@@ -156,7 +166,7 @@ class LeaseTable(Generic[HoldT]):
             lease = self._leases.get(lease_id)
             if lease is None:
                 continue
-            due_s = lease.expires_at_s + self._grace_s
+            due_s = lease.expires_at_s + lease.grace_s
             if due_s > now_s:
                 heapq.heappush(self._checks, (due_s, lease_id))
             else:

@@ -1,8 +1,9 @@
 """Sessions: one client's connection to a node.
 
-Rules kept here: everything a client holds belongs to its session, and ends with it. A session on the local door
-maps the pools, so its stores can land at any time until it ends; a session of the gRPC door cannot reach memory
-by itself. The tenant is set by the door, from the credential.
+Rules kept here: everything a client holds belongs to its session, and ends with it. A session on the local door maps
+the pools, so its stores can land at any time until it ends; a session of the gRPC door cannot reach memory by itself,
+on the data plane neither: so its leases need no grace, and what it leaves no quarantine. The tenant is set by the
+door, from the credential.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Rules kept here: looking changes nothing, no recency either. A page is found a piece at a time, so that a node with a
 million blocks answers others in between. A lease that is revoked is over as if its time had run out: a reader keeps
-its grace; a writer who maps memory is fenced at once, which is as safe as later, and tells those who wait for its
-blocks. What somebody reads, builds on, or is to come for as its one reader, is not evicted.
+its grace, if it can read by itself; a writer who maps memory is fenced at once, which is as safe as later, and tells
+those who wait for its blocks. What somebody reads, builds on, or is to come for as its one reader, is not evicted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from snowskin.kvstore.index.block_index import BlockEntry, BlockIndex, PlacedSegment
     from snowskin.kvstore.lease import GrantedLease
     from snowskin.kvstore.messages import LeaseId, SessionId
-    from snowskin.kvstore.node.limits import NodeLimits
     from snowskin.kvstore.node.reading import ReadHold, Reading
     from snowskin.kvstore.node.residence import Residence
     from snowskin.kvstore.node.writing import WriteLease, Writing
@@ -130,7 +129,6 @@ class Inspection:
         self,
         residence: Residence,
         sessions: SessionTable,
-        limits: NodeLimits,
         *,
         reading: Reading,
         writing: Writing,
@@ -138,7 +136,6 @@ class Inspection:
         """Looks at what the two sides hold."""
         self._residence = residence
         self._sessions = sessions
-        self._limits = limits
         self._reading = reading
         self._writing = writing
 
@@ -328,7 +325,7 @@ class Inspection:
         if is_quarantined:
             state, ends_at_s = LeaseState.QUARANTINED, now_s
         elif not lease.is_live(now_s):
-            state, ends_at_s = LeaseState.GRACE, lease.expires_at_s + self._limits.grace_s
+            state, ends_at_s = LeaseState.GRACE, lease.expires_at_s + lease.grace_s
         return LeaseInfo(
             id=lease.id,
             kind=kind,

@@ -117,7 +117,6 @@ class NodeState:
         self.inspection = Inspection(
             self.residence,
             self.sessions,
-            self.limits,
             reading=self._reading,
             writing=self._writing,
         )
@@ -344,7 +343,8 @@ class NodeState:
     def revoke_lease(self, lease_id: LeaseId, now_s: float) -> tuple[LeaseInfo, list[Effect]]:
         """A lease is over from now on; LeaseUnknown where there is none."""
         info, outcome = self.inspection.revoke(lease_id, now_s)
-        return info, self._settle(outcome, now_s)
+        # One without a grace is over for everybody.
+        return info, self._settle(outcome, now_s) + self.on_time(now_s)
 
     def evict(
         self,

@@ -271,7 +271,12 @@ class Writing:
         one_reader = request.one_reader or tail is not None
         hold = WriteHold(scope, _lay_out(missing, segments), parents, one_reader)
         lease = self.leases.grant(
-            self._next_lease_id(), session.id, hold, ttl_s=request.ttl_s, now_s=now_s
+            self._next_lease_id(),
+            session.id,
+            hold,
+            ttl_s=request.ttl_s,
+            now_s=now_s,
+            has_grace=session.maps_memory,
         )
         for block in hold.blocks:
             self._reserved[hold.at(block)] += 1

@@ -1,8 +1,8 @@
 """Who may touch which bytes of a node, from the answers that the node gave: the model beside the product.
 
 Rules kept here: nothing is taken from the node's own books. A reader's bytes must stay as they were committed until
-its lease and the grace are over. Bytes of a writer that maps memory are nobody else's until it commits them, gives
-them back or its session ends, cut off before or not; of one that does not, until its lease and the grace are over.
+its lease is over and, where it maps memory, the grace. Bytes of a writer that maps memory are nobody else's until it
+commits them, gives them back or its session ends, cut off before or not; of one that does not, until its lease is over.
 Each time that a range is given out it has a higher generation. A block or tail for one reader is given to one reader.
 """
 
@@ -52,6 +52,7 @@ class Written:
     session_id: int
     maps: bool
     expires_at_s: float
+    grace_s: float
     names: list[Name] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     key_indices: list[int] = field(default_factory=list)
@@ -65,6 +66,7 @@ class Read:
     id: int
     session_id: int
     expires_at_s: float
+    grace_s: float
     promised: list[tuple[Name, Place, bytes]] = field(default_factory=list)
     generations: set[int] = field(default_factory=set)  # of the segments
 
@@ -179,6 +181,7 @@ class Holds:
             id=answer.lease.id,
             session_id=session_id,
             maps=self.maps[session_id],
+            grace_s=self._grace_s(session_id),
             expires_at_s=self.now_s + answer.lease.ttl_s,
         )
         for run in answer.runs:
@@ -252,6 +255,7 @@ class Holds:
             id=answer.lease.id,
             session_id=session_id,
             expires_at_s=self.now_s + answer.lease.ttl_s,
+            grace_s=self._grace_s(session_id),
         )
         for run in answer.runs:
             read.generations.add(run.extent.generation)
@@ -319,9 +323,8 @@ class Holds:
     def _protected(self, place: Place, *, but_of: int | None = None) -> str | None:
         """Whose these bytes are: a lease that is not of the session `but_of`."""
         start, end = place[0], place[0] + place[1]
-        grace_s = self._limits.grace_s
         for read in self.reads.values():
-            if self.now_s >= read.expires_at_s + grace_s - SLACK_S:
+            if self.now_s >= read.expires_at_s + read.grace_s - SLACK_S:
                 continue
             for name, (offset, nbytes), _ in read.promised:
                 if offset < end and start < offset + nbytes:
@@ -335,15 +338,17 @@ class Holds:
         return None
 
     def _is_over(self, hold: Written) -> bool:
-        return not hold.maps and self.now_s >= hold.expires_at_s + self._limits.grace_s - SLACK_S
+        return not hold.maps and self.now_s >= hold.expires_at_s + hold.grace_s - SLACK_S
+
+    def _grace_s(self, session_id: int) -> float:
+        return self._limits.grace_s if self.maps[session_id] else 0.0
 
     def forget_what_ran_out(self) -> None:
-        """Leases whose time and grace are over; those of writers that map memory stay, fenced."""
-        grace_s = self._limits.grace_s
-        for read in [r for r in self.reads.values() if self.now_s >= r.expires_at_s + grace_s]:
+        """Leases whose time and grace, if any, are over; those of writers that map memory stay, fenced."""
+        for read in [r for r in self.reads.values() if self.now_s >= r.expires_at_s + r.grace_s]:
             self._seen["read leases expired"] += 1
             del self.reads[read.id]
-        for hold in [w for w in self.writes.values() if self.now_s >= w.expires_at_s + grace_s]:
+        for hold in [w for w in self.writes.values() if self.now_s >= w.expires_at_s + w.grace_s]:
             if not hold.maps:
                 self._seen["unmapped write leases expired"] += 1
                 del self.writes[hold.id]
@@ -354,7 +359,7 @@ class Holds:
     def check_promises(self) -> None:
         """Reads every promised byte; `on_write` sees all that our own writers do, this sees the rest."""
         for read in self.reads.values():
-            if self.now_s < read.expires_at_s + self._limits.grace_s - SLACK_S:
+            if self.now_s < read.expires_at_s + read.grace_s - SLACK_S:
                 for name, place, content in read.promised:
                     self._check_unchanged(name, place, content, f"under lease {read.id}")
 

@@ -93,7 +93,7 @@ class Written:
         """Whether its bytes may be given to nobody else."""
         if self.is_over or not self.places:
             return False
-        return self.session.maps_memory or now_s < self.expires_at_s + grace_s
+        return self.session.maps_memory or now_s < self.expires_at_s
 
 
 @dataclass(eq=False)
@@ -109,7 +109,9 @@ class Read:
     is_over: bool = False
 
     def is_protected(self, now_s: float, grace_s: float) -> bool:
-        """Whether its bytes must not change."""
+        """Whether its bytes must not change; of who reaches none by itself, for as long as it is served."""
+        if not self.session.maps_memory:
+            grace_s = 0.0
         return not self.is_over and now_s < self.expires_at_s + grace_s
 
 

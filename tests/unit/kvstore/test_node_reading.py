@@ -185,7 +185,7 @@ def test_waiting_match_is_told_that_the_writer_is_gone(how):
     elif how == "abort":
         node.abort(writer, lease)
     else:
-        node.wait(39)
+        node.wait(29 if how == "fence without memory" else 39)
         assert node.answer(reader, waiting) is None
         node.wait(1)
     answer = node.answer(reader, waiting)
