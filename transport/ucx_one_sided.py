@@ -52,6 +52,7 @@ class Registrations:
         """Nothing yet."""
         self._thread = thread
         self._memories: dict[MemoryRegion, list[UcpMemory]] = {}
+        self._slices: dict[MemoryRegion, tuple[Slice, ...]] = {}
 
     def __len__(self) -> int:
         """How many regions."""
@@ -71,19 +72,25 @@ class Registrations:
                 f"UCX cannot register {region.nbytes} bytes of {region.kind.value} memory: {error}",
                 hint="is the memory lock limit (ulimit -l) high enough, and for CUDA nvidia_peermem or dmabuf there?",
             ) from error
+        self._slices[region] = self._thread.run(
+            lambda: tuple(Slice(*memory.span, memory.pack()) for memory in memories)
+        )
         self._memories[region] = memories
 
     def slices(self, region: MemoryRegion) -> tuple[Slice, ...]:
-        """What peers need to reach `region`, which was added."""
-
-        def pack() -> tuple[Slice, ...]:
-            return tuple(Slice(*memory.span, memory.pack()) for memory in self._memories[region])
-
-        return self._thread.run(pack)
+        """What peers need to reach `region`; TransportError where it was not registered here."""
+        try:
+            return self._slices[region]
+        except KeyError:
+            raise TransportError(
+                "this region was not registered by this transport",
+                hint="register the memory with the transport that describes it",
+            ) from None
 
     def purge(self) -> None:
         """Deregisters what belongs to regions that were closed."""
         for region in [region for region in list(self._memories) if region.closed]:
+            self._slices.pop(region, None)
             memories = self._memories.pop(region, [])
             self._thread.post(functools.partial(_unmap, memories))
 
@@ -92,6 +99,7 @@ class Registrations:
         for memories in self._memories.values():
             _unmap(memories)
         self._memories.clear()
+        self._slices.clear()
 
 
 def _unmap(memories: Sequence[UcpMemory]) -> None:

@@ -21,6 +21,7 @@ from snowskin.transport.errors import (
     PeerLost,
     RegionReadOnly,
     TransportClosed,
+    TransportError,
     TransportUnavailable,
 )
 from snowskin.transport.memory import MemoryRegion
@@ -158,6 +159,38 @@ def test_memory_of_closed_regions_is_deregistered(made: Any) -> None:
     second = pair.reader.register(bytearray(4096))
     assert len(pair.reader._registrations) == 2
     second.close()
+
+
+@needs_ucx
+def test_memory_registered_elsewhere_cannot_be_described_one_sidedly(made: Any) -> None:
+    pair = made(TRUSTED)
+    with pytest.raises(TransportError, match="not registered by this transport"):
+        pair.reader.describe(pair.owned)
+
+
+@pytest.mark.gpu
+@needs_ucx
+@pytest.mark.parametrize("settings", [TRUSTED, replace(TRUSTED, tls="tcp,cuda_copy,cuda_ipc")])
+def test_cuda_memory_moves_one_sidedly(made: Any, settings: UcxSettings) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("NO CUDA DEVICE HERE")
+    pair = made(settings)
+    device = torch.zeros(NBYTES, dtype=torch.uint8, device="cuda")
+    landing = pair.reader.register(device)
+    remote = pair.attach(writable=True)
+    pair.reader.pull(remote, landing, [Run(0, 0, NBYTES)], deadline_s=soon())
+    assert np.array_equal(device.cpu().numpy(), pair.source)
+    device += 1
+    torch.cuda.synchronize()
+    pair.reader.push(landing, remote, [Run(0, 0, NBYTES)], deadline_s=soon())
+    assert np.array_equal(device.cpu().numpy(), pair.source)
+    owned = pair.owner.register(torch.full((4096,), 7, dtype=torch.uint8, device="cuda"))
+    both = pair.reader.attach(pair.owner.describe(owned))
+    pair.reader.pull(both, landing, [Run(0, 5, 4096)], deadline_s=soon())
+    assert bool((device[5:4101] == 7).all())
+    owned.close()
+    landing.close()
 
 
 @needs_ucx

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -459,6 +461,25 @@ def test_lost_owner_is_asked_again_only_after_a_pause() -> None:
     with pytest.raises(PeerLost, match="a moment ago") as caught:
         again.next(lambda: 0.0)
     assert 0 < (caught.value.retry_after_s or 0) <= SETTINGS.reconnect_s
+
+
+def vectors() -> dict[str, Any]:
+    """The examples of docs/wire.md §6, as this side says them."""
+    told = {
+        kind.name: MessageHead(bytes(range(16)), kind, 7, 1 << 40, kind is DATA).encode().hex()
+        for kind in MessageKind
+    }
+    return {
+        "heads": told,
+        "hello": HELLO.encode().hex(),
+        "descriptor": SEALED.to_bytes().hex(),
+    }
+
+
+def test_bytes_are_those_of_the_vectors() -> None:
+    """Whoever means to change them raises the version in `ucx_wire.py`."""
+    path = Path(__file__).parents[2] / "vectors" / "ucx.json"
+    assert json.loads(path.read_text()) == vectors()
 
 
 @pytest.mark.parametrize("at", range(len(SEALED.extra)))
