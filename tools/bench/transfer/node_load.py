@@ -1,7 +1,7 @@
 """A client that pulls from a node over its data plane as fast as it can, in a process of its own, when it is told to.
 
 Started as `python -m snowskin.tools.bench.transfer.node_load ADDRESS NUM_BLOCKS BLOCK_NBYTES`. Each line of its input
-is a number of seconds to pull for; it answers with the number of pulls and the seconds, as JSON. It ends with its input.
+is a number of seconds to pull for; it answers with the number of pulls and the seconds (JSON), and ends with its input.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def _rows_of_ours(measured: Measured, name: str, *, checked: bool) -> list[Row]:
             lambda each: measured.speeds(each, checked=checked),
             (name, reference),
             measured.unit,
-            _goal(measured, name),
+            _goal(measured, name, checked=checked),
         )
     ]
     if measured.shape.is_scattered and not local and (RANGES, checked) in measured.taken:
@@ -185,11 +185,11 @@ def _rows_of_ours(measured: Measured, name: str, *, checked: bool) -> list[Row]:
     return rows
 
 
-def _goal(measured: Measured, name: str) -> Goal | None:
+def _goal(measured: Measured, name: str, *, checked: bool) -> Goal | None:
     """What a pull of this size must reach against the limit of its path."""
     if measured.is_small:
         if name == "shm":
-            return Goal(of="value", relation="<=", bound=GOAL_HELD_LEASE_US)
+            return None if checked else Goal(of="value", relation="<=", bound=GOAL_HELD_LEASE_US)
         return Goal(of="ratio", relation="<=", bound=2.0) if name == "tcp" else None
     if measured.shape.nbytes < MIB or measured.shape.is_scattered or name == "ucx":
         return None
