@@ -17,7 +17,7 @@ def test_a_brief_run_answers_in_every_part_and_leaves_no_process():
         "shm: pull 4 KiB under a held lease against memcpy",
         "control round trip beside it",
         "tcp: pull 1 MiB, verified against sockets",
-        "tcp: idle, both ends",
+        "ours: idle, both ends",
         "calls per request: segment",
         "late joiner",
         "control call beside tcp",
