@@ -100,3 +100,45 @@ def test_next_check_is_no_later_than_the_first_end_of_a_grace(table):
     assert table.next_check_s() == 15.0
     table.end(ONE)
     assert table.next_check_s() == 16.0
+
+
+def test_without_a_grace_it_is_told_as_expired_at_its_end(table):
+    lease = table.grant(ONE, ANNA, "x", ttl_s=10.0, now_s=0.0, has_grace=False)
+    other = table.grant(TWO, ANNA, "x", ttl_s=10.0, now_s=0.0)
+    assert table.next_check_s() == 10.0
+    assert table.expired(9.999) == []
+    assert table.expired(10.0) == [lease]
+    assert table.expired(15.0) == [other]
+
+
+class Noted:
+    """What was granted elsewhere, and what became of it."""
+
+    def __init__(self):
+        self.told: list[tuple[str, LeaseId, float]] = []
+
+    def renew(self, lease_id, life_s):
+        self.told.append(("renewed", lease_id, life_s))
+
+    def take_back(self, lease_id):
+        self.told.append(("over", lease_id, 0.0))
+
+
+def test_what_was_granted_under_a_lease_is_renewed_and_ends_with_it(table):
+    table.grants = noted = Noted()
+    table.grant(ONE, ANNA, "x", ttl_s=10.0, now_s=0.0)
+    table.renew(ONE, ttl_s=5.0, now_s=8.0)
+    assert noted.told == [("renewed", ONE, 5.0)]
+    table.end(ONE)
+    table.end(ONE)
+    table.renew(ONE, ttl_s=5.0, now_s=8.0)
+    assert noted.told[1:] == [("over", ONE, 0.0)]
+
+
+def test_what_was_granted_under_a_revoked_lease_is_over_before_its_grace(table):
+    table.grants = noted = Noted()
+    table.grant(ONE, ANNA, "x", ttl_s=10.0, now_s=0.0)
+    table.run_out(ONE, 3.0)
+    table.run_out(ONE, 4.0)
+    table.renew(ONE, ttl_s=5.0, now_s=4.0)
+    assert noted.told == [("over", ONE, 0.0)]
