@@ -21,7 +21,16 @@ from snowskin.kvstore.node.daemon import NodeSettings, serve_node
 from snowskin.transport.errors import OutOfBounds, RegionReadOnly, TransportClosed
 from tests.support.node_process import NodeProcess
 from tests.support.roles import running
-from tests.support.store_drivers import DRIVERS, WAYS, connected, keys_of, namespace_of, noise
+from tests.support.store_drivers import (
+    ALL_WAYS,
+    DRIVERS,
+    address_by,
+    connected,
+    keys_of,
+    namespace_of,
+    noise,
+    way_of,
+)
 from tests.support.waiting import eventually
 
 NODE = {"dram_nbytes": 64 << 20, "log_level": "warning", "grace_s": 0.1}
@@ -30,7 +39,7 @@ NODE = {"dram_nbytes": 64 << 20, "log_level": "warning", "grace_s": 0.1}
 def pytest_generate_tests(metafunc):
     """Every test that names a way or a driver runs with each."""
     if "way" in metafunc.fixturenames:
-        metafunc.parametrize("way", WAYS)
+        metafunc.parametrize("way", ALL_WAYS)
     if "driver" in metafunc.fixturenames:
         metafunc.parametrize("driver", DRIVERS)
 
@@ -43,7 +52,7 @@ def node():
 
 @pytest.fixture
 def address(node, way):
-    return node.facts[way]
+    return address_by(node.facts, way)
 
 
 @pytest.fixture
@@ -313,7 +322,8 @@ def test_a_pull_that_waited_in_vain_brings_what_is_there(driver, address, namesp
 
 async def test_many_pulls_at_once_on_one_connection(address, namespace, baseline):
     keys, data = keys_of(13, 64), noise(13, 64 * 10_000)
-    async with await StoreClient.connect(address, client_name="many") as client:
+    address, by_way = way_of(address)
+    async with await StoreClient.connect(address, client_name="many", **by_way) as client:
         await client.publish(
             namespace=namespace,
             keys=keys,
@@ -442,7 +452,8 @@ def test_closing_fails_the_call_that_waits(driver, address, namespace, node):
     if driver == "asyncio":
 
         async def both():
-            client = await StoreClient.connect(address, client_name="closing")
+            to, by_way = way_of(address)
+            client = await StoreClient.connect(to, client_name="closing", **by_way)
             waiting = asyncio.create_task(
                 client.pull(
                     namespace=namespace,

@@ -12,12 +12,27 @@ import numpy as np
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.client.blocking import BlockingStoreClient
 from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.client.transports import ClientTransports
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 DRIVERS = ("asyncio", "blocking")
 WAYS = ("door", "address")
+ALL_WAYS = (*WAYS, "slow")
+SLOW = "slow:"  # before an address: bytes go by Read and Write
+
+
+def address_by(facts, way):
+    """Where a role that announced `facts` is reached by one of the ways."""
+    return SLOW + facts["address"] if way == "slow" else facts[way]
+
+
+def way_of(address):
+    """The address, and what to connect with so that bytes go that way."""
+    if not address.startswith(SLOW):
+        return address, {}
+    return address.removeprefix(SLOW), {"transports": ClientTransports("grpc")}
 
 
 class LoopedClient:
@@ -49,6 +64,8 @@ class LoopedClient:
 @contextmanager
 def connected(driver, address, *, client_name="client", **arguments):
     """A client of either driver, closed at the end."""
+    address, slow = way_of(address)
+    arguments = {**slow, **arguments}
     if driver == "blocking":
         with BlockingStoreClient.connect(address, client_name=client_name, **arguments) as blocking:
             yield blocking
