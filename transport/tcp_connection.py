@@ -56,8 +56,9 @@ SCRATCH_NBYTES = 64 * 1024 + HEAD_NBYTES
 _HEAD = struct.Struct(">BBHIQ")
 _DATA = int(Kind.DATA)
 _DATA_AND_FLAGS = _DATA << 24
-_IN_VAIN = 3
-_SLEEPS = 32
+_IN_VAIN = 2
+_SLEEPS = 8
+_MOST_SLEEPS = 1024
 _SKIPS = 16  # so that an owner who talks on and on holds nobody
 _TIMEVAL = struct.Struct("@ll")
 NOTHING_YET = (errno.EAGAIN, errno.EWOULDBLOCK, None)  # None: a timeout of Python's own
@@ -90,23 +91,29 @@ class Connection:
         is_reusable: between two transfers, in order: it may serve the next one.
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
+        has_asked: `swap` sent its request.
         is_pushing: the owner may be landing what was sent on it.
         hung_up: the owner has ended it, or somebody interrupted it.
         wants_room: what it waits for is room to send, not something to receive.
     """
 
     __slots__ = (
+        "_buffer",
         "_end",
         "_flags",
         "_num_in_vain",
+        "_num_sleeps",
         "_op",
         "_polling",
+        "_receive_into",
         "_scratch",
+        "_send",
         "_socket",
         "_spin_s",
         "_start",
         "_wait_s",
         "fd",
+        "has_asked",
         "heartbeat_s",
         "hung_up",
         "idle_since_s",
@@ -126,6 +133,8 @@ class Connection:
     ) -> None:
         """Takes the socket over; `tcp_dialing.dial` is the way in."""
         self._socket = connected
+        self._send = connected.send
+        self._receive_into = connected.recv_into
         self.fd = connected.fileno()
         self.is_tls = isinstance(connected, ssl.SSLSocket)
         self.peer = peer
@@ -133,12 +142,13 @@ class Connection:
         self.welcome: Welcome
         self.heartbeat_s = 0.0
         self.is_reusable = False
-        self.was_idle = self.hung_up = self.wants_room = self.is_pushing = False
+        self.was_idle = self.hung_up = self.wants_room = self.is_pushing = self.has_asked = False
         self.idle_since_s = self.spoke_at_s = 0.0
-        self._scratch = memoryview(bytearray(SCRATCH_NBYTES))
+        self._buffer = bytearray(SCRATCH_NBYTES)
+        self._scratch = memoryview(self._buffer)
         self._start = self._end = 0  # of what lies in the scratch and was not taken
         self._op = 0
-        self._num_in_vain = 0
+        self._num_in_vain = self._num_sleeps = 0
         self._spin_s = spin_s
         self._polling = False
         self._wait_s = 0.0
@@ -201,7 +211,7 @@ class Connection:
 
     def receive_more(self, view: memoryview) -> int:
         """As `receive_whole`, past what lies in the scratch; blocking, and not of TLS."""
-        receive = self._socket.recv_into
+        receive = self._receive_into
         wanted_nbytes, got_nbytes, until_s = len(view), 0, 0.0
         try:
             while got_nbytes < wanted_nbytes:
@@ -213,7 +223,7 @@ class Connection:
                     until_s = until_s or now_s + WAIT_S
                     if now_s >= until_s:
                         break  # it drips
-                    nbytes = self._wait_for(rest, now_s)
+                    nbytes = self._wait_for(rest)
                 if not nbytes:
                     raise PeerLost(f"{self.peer} ended the connection")
                 got_nbytes += nbytes
@@ -225,50 +235,46 @@ class Connection:
                 raise
         return got_nbytes
 
-    def exchange(self, request: bytes, nbytes: int) -> bool:
-        """Sends a short request and, where it may wait, takes its answer ahead: `nbytes`, or less where others come.
+    def swap(self, request: bytes, answer_head: bytes, nbytes: int) -> memoryview | None:
+        """Sends a short request, and takes its answer where that is one frame of `nbytes` behind `answer_head`.
 
-        False where the request could not be sent yet.
+        None where it is not, or not yet; `has_asked` says whether the request went out. What came lies ahead.
         """
+        self.has_asked = False
         if self._start != self._end or self.is_tls:
-            return False
+            return None
         self._start = self._end = 0
-        sent_nbytes = 0
+        got_nbytes, whole_nbytes = 0, HEAD_NBYTES + nbytes
         try:
-            sent_nbytes = self._socket.send(request, self._flags)
-            if sent_nbytes == len(request) and not self._polling:
-                now_s = time.perf_counter()
-                self._end = self._wait_for(self._scratch[:nbytes], now_s)
-                if not self._end:
-                    raise PeerLost(f"{self.peer} ended the connection")
-                if self._end < nbytes and self._scratch[0] == _DATA:
-                    self._end += self.receive_more(self._scratch[self._end : nbytes])
+            if self._send(request, self._flags) != len(request):
+                raise PeerLost(f"{self.peer} takes no more requests on this connection")
+            self.has_asked = True
+            if self._polling:
+                return None
+            got_nbytes = self._end = self._wait_for(self._scratch[:whole_nbytes])
         except OSError as error:
-            self._nothing_yet(error)
-        if 0 < sent_nbytes < len(request):
-            raise PeerLost(f"{self.peer} takes no more requests on this connection")
-        return sent_nbytes > 0
-
-    def take_answer(self, op: int, target: memoryview) -> bool:
-        """Moves what was taken ahead to `target`, if it is one DATA with exactly that much; False else."""
-        nbytes = len(target)
-        if self._end - self._start != HEAD_NBYTES + nbytes:
-            return False
-        if self._scratch[:HEAD_NBYTES] != _HEAD.pack(_DATA, 0, 0, op, nbytes):
-            return False
-        target[:] = self._scratch[HEAD_NBYTES : HEAD_NBYTES + nbytes]
+            return self._nothing_yet(error) or None
+        if not got_nbytes:
+            raise PeerLost(f"{self.peer} ended the connection")
+        if not self._buffer.startswith(answer_head):
+            return None
+        if got_nbytes < whole_nbytes:
+            self._end += self.receive_more(self._scratch[got_nbytes:whole_nbytes])
+            if self._end < whole_nbytes:
+                return None
         self._start = self._end = 0
-        return True
+        return self._scratch[HEAD_NBYTES:whole_nbytes]
 
-    def _wait_for(self, view: memoryview, now_s: float) -> int:
+    def _wait_for(self, view: memoryview) -> int:
         """Receives once something is there: looks again for a moment before it sleeps, because waking costs more.
 
-        Bench `transfer`: half the time at 4 KiB, and no more CPU. Where looking was in vain three times, the host is
-        busy or the owner slow, and the next waits sleep at once.
+        Half the time at 4 KiB where the owner runs on another core, and no more CPU (bench `transfer`). Where looking
+        was in vain, both sides share a core or the owner is slow: then the next waits sleep at once, more of them each
+        time.
         """
-        receive = self._socket.recv_into
-        if self._num_in_vain < _IN_VAIN:
-            end_s = now_s + self._spin_s
+        receive = self._receive_into
+        if not self._num_sleeps:
+            end_s = time.perf_counter() + self._spin_s
             while True:
                 try:
                     nbytes = receive(view, 0, socket.MSG_DONTWAIT)
@@ -278,9 +284,11 @@ class Connection:
                 else:
                     self._num_in_vain = 0
                     return nbytes
-        self._num_in_vain += 1
-        if self._num_in_vain > _IN_VAIN + _SLEEPS:
-            self._num_in_vain = 0
+            self._num_in_vain += 1
+            if self._num_in_vain >= _IN_VAIN:
+                self._num_sleeps = min(_SLEEPS << self._num_in_vain, _MOST_SLEEPS)
+        else:
+            self._num_sleeps -= 1
         return receive(view, 0, 0)
 
     def send(self, views: Sequence[bytes | memoryview]) -> int:
@@ -339,7 +347,7 @@ class Connection:
         """Bytes in the scratch."""
         return self._end - self._start
 
-    def _buffer(self, nbytes: int, most_nbytes: int = 0) -> Iterator[None]:
+    def _gather(self, nbytes: int, most_nbytes: int = 0) -> Iterator[None]:
         """Has at least `nbytes` in the scratch; takes no more than that, or `most_nbytes`, from the stream."""
         scratch = self._scratch
         if self._start:
@@ -368,7 +376,7 @@ class Connection:
             BadFrame: anything else came, or more than `most_nbytes`. What a FAIL says.
         """
         if self._end - self._start < HEAD_NBYTES:
-            yield from self._buffer(HEAD_NBYTES, HEAD_NBYTES + ahead_nbytes)
+            yield from self._gather(HEAD_NBYTES, HEAD_NBYTES + ahead_nbytes)
         kind, flags, zero, its_op, nbytes = _HEAD.unpack_from(self._scratch, self._start)
         if (
             kind != _DATA
@@ -399,7 +407,7 @@ class Connection:
 
     def expect(self, kind: Kind, op: int) -> Iterator[None]:
         """Waits for a frame without a body; raises BadFrame where another comes, or what a FAIL says."""
-        yield from self._buffer(HEAD_NBYTES)
+        yield from self._gather(HEAD_NBYTES)
         head = decode_head(self._scratch[self._start : self._start + HEAD_NBYTES])
         if head.kind is Kind.FAIL:
             yield from self._fail(head, op)
@@ -410,7 +418,7 @@ class Connection:
         self._start += HEAD_NBYTES
 
     def _fail(self, head: Head, op: int) -> Iterator[None]:
-        yield from self._buffer(HEAD_NBYTES + head.nbytes)
+        yield from self._gather(HEAD_NBYTES + head.nbytes)
         first = self._start + HEAD_NBYTES
         fail = decode_body(head, bytes(self._scratch[first : first + head.nbytes]))
         assert isinstance(fail, Fail)
@@ -429,13 +437,13 @@ class Connection:
             name=settings.name,
         )
         yield from self.send_all([encode(hello)])
-        yield from self._buffer(HEAD_NBYTES)
+        yield from self._gather(HEAD_NBYTES)
         head = decode_head(self._scratch[:HEAD_NBYTES])
         if head.kind is Kind.FAIL:
             yield from self._fail(head, 0)
         if head.kind is not Kind.WELCOME:
             raise BadFrame(f"{self.peer} answered HELLO with {head.kind.name}")
-        yield from self._buffer(HEAD_NBYTES + MAX_BODY_NBYTES[Kind.WELCOME])
+        yield from self._gather(HEAD_NBYTES + MAX_BODY_NBYTES[Kind.WELCOME])
         welcome: Frame = decode_body(head, bytes(self._scratch[HEAD_NBYTES : self._end]))
         assert isinstance(welcome, Welcome)
         if welcome.version != WIRE_VERSION:

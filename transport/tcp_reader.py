@@ -32,6 +32,7 @@ CHUNK_NBYTES = 1 << 20  # at most received in one call, and sent as one DATA
 
 _ASK = struct.Struct(">BBHIQ16sQQIBBHI")
 _ASK_ONE = struct.Struct(_ASK.format + "QQ")
+_ASK_ONE_BODY_NBYTES = _ASK_ONE.size - HEAD_NBYTES
 _ASK_BODY_NBYTES = _ASK.size - HEAD_NBYTES
 _DATA_HEAD = struct.Struct(">BBHIQ")
 _PULL, _PUSH, _DATA = int(Kind.PULL), int(Kind.PUSH), int(Kind.DATA)
@@ -170,7 +171,7 @@ def pull_short(connection: Connection, job: Job) -> bool:
         0,
         0,
         op,
-        _ASK_BODY_NBYTES + 16,
+        _ASK_ONE_BODY_NBYTES,
         descriptor.capability,
         descriptor.epoch,
         descriptor.generation,
@@ -183,19 +184,17 @@ def pull_short(connection: Connection, job: Job) -> bool:
         nbytes,
     )
     connection.is_reusable = False
-    job.is_asked = connection.exchange(request, HEAD_NBYTES + nbytes)
-    if not job.is_asked or not connection.num_ahead:
+    payload = connection.swap(request, _DATA_HEAD.pack(_DATA, 0, 0, op, nbytes), nbytes)
+    if payload is None:
+        job.is_asked = connection.has_asked
         return False
     region = order.local
     region.begin_landing()
     try:
-        if not connection.take_answer(op, region.view[local_offset : local_offset + nbytes]):
-            return False
+        region.view[local_offset : local_offset + nbytes] = payload
     finally:
         region.end_landing()
-    connection.is_reusable = True
-    job.is_asked = False
-    job.heard = True
+    connection.is_reusable = job.heard = True
     job.moved(local_offset, nbytes)
     return True
 
