@@ -102,7 +102,7 @@ class PriorityWorkers:
                     self._num_idle -= 1
             urgency, _, run = heapq.heappop(self._waiting)
             if urgency:
-                self._num_less_urgent += 2
+                self._num_less_urgent += 1
             return urgency, run
 
     def _may_begin(self) -> bool:
