@@ -10,7 +10,8 @@ that wanted it said; nobody is called back under a lock.
 
 Packets (SOCK_SEQPACKET, big-endian), told apart by their first byte:
 
-    owner to peer   L  version (1), capability (16), slot (4), serial (8); beside it the board's memfd
+    owner to peer   L  version (1), capability (16), epoch (8), generation (8), slot (4), serial (8);
+                       beside it the board's memfd
                     R  seconds to live from now (8, float)
     peer to owner   H  (hello: it has attached)
                     N  1 if it wrote, else 0 (1), bytes moved (8), its note (at most 256)
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Protocol
 from snowskin.transport.errors import (
     BadDescriptor,
     BadFrame,
+    GrantRefused,
     PeerLost,
     TransferTimedOut,
     TransportClosed,
@@ -41,6 +43,7 @@ from snowskin.transport.grants import MAX_NOTE_NBYTES, Completion
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.fd_watcher import FdWatcher
     from snowskin.transport.grant_board import Place
     from snowskin.transport.mapping import Mappings
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
 VERSION = 1
 MAX_PACKETS_A_TURN = 32  # then the others have theirs
 
-_WELCOME = struct.Struct(">cB16sIQ")
+_WELCOME = struct.Struct(">cB16sQQIQ")
 _RENEWED = struct.Struct(">cd")
 _NOTE = struct.Struct(">cBQ")
 _MAX_NBYTES = _NOTE.size + MAX_NOTE_NBYTES
@@ -107,8 +110,9 @@ class OwnerLinks:
         """How many are open."""
         return len(self._links)
 
-    def add(self, capability: bytes) -> None:
+    def add(self, descriptor: RegionDescriptor) -> None:
         """Makes a link for a new grant; the peer finds its welcome there."""
+        capability = descriptor.capability
         with self._lock:
             if self._closed:
                 raise TransportClosed("this transport makes no links any more")
@@ -116,7 +120,15 @@ class OwnerLinks:
             link = _OwnerEnd(capability, place)
             board_fd = place.board.open_read_only()
             try:
-                welcome = _WELCOME.pack(b"L", VERSION, capability, place.slot, place.serial)
+                welcome = _WELCOME.pack(
+                    b"L",
+                    VERSION,
+                    capability,
+                    descriptor.epoch,
+                    descriptor.generation,
+                    place.slot,
+                    place.serial,
+                )
                 socket.send_fds(link.end, [welcome], [board_fd])
             finally:
                 os.close(board_fd)
@@ -247,7 +259,7 @@ class PeerEnd:
     def __init__(
         self,
         link_fd: int,
-        capability: bytes,
+        descriptor: RegionDescriptor,
         watcher: FdWatcher,
         mappings: Mappings,
         *,
@@ -257,8 +269,8 @@ class PeerEnd:
         """Reads the owner's welcome; `link_fd` stays the caller's, `on_lost` hears of the owner's death.
 
         Raises:
-            BadDescriptor: this is no link, or another grant's. GrantRefused: it was taken back.
-            PeerLost: the owner is gone.
+            BadDescriptor: this is no link. GrantRefused: it is another grant's, of another epoch or
+            generation, or was taken back. PeerLost: the owner is gone.
         """
         self._now_s = now_s
         self._on_lost = on_lost
@@ -268,7 +280,7 @@ class PeerEnd:
         self._end = _own_end(link_fd)
         self.owner = _owner_at(self._end)
         try:
-            self._grant = self._welcome(capability, mappings)
+            self._grant = self._welcome(descriptor, mappings)
             self._grant.check()
             self._send(b"H")
         except BaseException:
@@ -307,7 +319,7 @@ class PeerEnd:
                 self._end.send(b"B", socket.MSG_NOSIGNAL)
             self._end.close()
 
-    def _welcome(self, capability: bytes, mappings: Mappings) -> SeenGrant:
+    def _welcome(self, descriptor: RegionDescriptor, mappings: Mappings) -> SeenGrant:
         try:
             packet, fds, _, _ = socket.recv_fds(
                 self._end, _WELCOME.size + 1, 1, socket.MSG_CMSG_CLOEXEC
@@ -322,9 +334,18 @@ class PeerEnd:
                     f"a link with {len(packet)} bytes and {len(fds)} descriptors of welcome",
                     hint="a link is for one peer, and attached once: describe anew",
                 )
-            kind, version, theirs, slot, serial = _WELCOME.unpack(packet)
-            if kind != b"L" or version != VERSION or theirs != capability:
-                raise BadDescriptor("this link belongs to another grant, or another release")
+            kind, version, capability, epoch, generation, slot, serial = _WELCOME.unpack(packet)
+            if kind != b"L" or version != VERSION:
+                raise BadDescriptor(
+                    f"a link of another release (version {version})",
+                    hint="run the same release of Snowskin on both sides",
+                )
+            theirs = (capability, epoch, generation)
+            if theirs != (descriptor.capability, descriptor.epoch, descriptor.generation):
+                raise GrantRefused(
+                    "this link is of another grant, or of another epoch or generation",
+                    hint="match again: the owner may have restarted",
+                )
             return SeenGrant(mappings, fds[0], slot=slot, serial=serial)
         finally:
             for fd in fds:

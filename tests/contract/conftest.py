@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.transport_rigs import BACKENDS, LARGE_NBYTES, Rig
+from tests.support.transport_rigs import BACKENDS, HUGE_NBYTES, LARGE_NBYTES, Rig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +41,14 @@ def rig(scheme: str) -> Iterator[Rig]:
 @pytest.fixture
 def large(scheme: str) -> Iterator[Rig]:
     made = Rig(scheme, LARGE_NBYTES)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def huge(scheme: str) -> Iterator[Rig]:
+    """More than all buffers on the way hold."""
+    made = Rig(scheme, HUGE_NBYTES)
     yield made
     made.close()
 

@@ -17,6 +17,7 @@ import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from snowskin.transport.api import RegionDescriptor, Run
 from snowskin.transport.errors import SnowskinError
 from snowskin.transport.memory import Memfd
 from snowskin.transport.registry import open_transport
+from snowskin.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -265,6 +267,15 @@ class Side:
 
     def renew(self, *, descriptor: str, expires_in_s: float) -> dict[str, Any]:
         self._transport.renew(self._granted[descriptor], expires_in_s=expires_in_s)
+        return {}
+
+    def pass_link(self, *, descriptor: str, over: int) -> dict[str, Any]:
+        """Sends the peer's end of a grant's link over a socket that it was lent; `shm` alone has links."""
+        assert isinstance(self._transport, ShmTransport)
+        link_fd = self._transport.link(self._granted[descriptor])
+        with socket.socket(fileno=os.dup(over)) as channel:
+            socket.send_fds(channel, [b"L"], [link_fd])
+        os.close(link_fd)
         return {}
 
     def revoke(self, *, descriptor: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 NBYTES = 64 * 1024
 LARGE_NBYTES = 4 * INLINE_NBYTES
+HUGE_NBYTES = 24 << 20
 FAR_S = 1e9
 WAIT_S = 5.0
 
@@ -85,7 +86,7 @@ def _tcp(now_s: Callable[[], float]) -> tuple[Transport, Transport]:
 
 
 def _ucx(now_s: Callable[[], float], *, one_sided: bool) -> tuple[Transport, Transport]:
-    here = UcxSettings(net_devices="lo", trusted_network=one_sided)
+    here = UcxSettings(net_devices="lo", trusted_network=one_sided, connect_timeout_s=0.7)
     return UcxTransport(here, now_s=now_s), UcxTransport(here, now_s=now_s)
 
 
