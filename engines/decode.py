@@ -40,8 +40,8 @@ from snowskin.kvstore.client.breaker import LookupBudget
 from snowskin.kvstore.errors import BadRequest
 from snowskin.kvstore.messages import WakeReason
 from snowskin.kvstore.telemetry import get_logger
-from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
+from snowskin.transport.traffic import TrafficClass
 
 if TYPE_CHECKING:
     from snowskin.engines.limits import EngineLimits

@@ -23,8 +23,8 @@ from snowskin.kvstore.client.guard import NodeGuard
 from snowskin.kvstore.client.machine import PullBounds
 from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.telemetry import bound_request, get_logger
-from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
+from snowskin.transport.traffic import TrafficClass
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Self
 from snowskin.engines.cancellation import ended
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.tracing import traced
-from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
+from snowskin.transport.traffic import TrafficClass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

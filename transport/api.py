@@ -9,7 +9,6 @@ Transports know no blocks, no leases and no gRPC. Descriptors travel by whatever
 
 from __future__ import annotations
 
-import enum
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from snowskin.transport.errors import TransferCancelled
 from snowskin.transport.grants import MAX_NOTE_NBYTES, Completion, Range
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.runs import Run
+from snowskin.transport.traffic import TrafficClass
 
 __all__ = [
     "MAX_NOTE_NBYTES",
@@ -42,14 +42,6 @@ PIECE_NBYTES = 1 << 20
 
 Landed = Callable[[int, int], object]
 """Called as `landed(local_offset, nbytes)` right after a piece moved, while it is in the cache."""
-
-
-class TrafficClass(enum.IntEnum):
-    """How urgent a transfer is; lower goes first where a transport queues."""
-
-    DECODE_CRITICAL = 0
-    PREFETCH = 1
-    REPLICATION = 2
 
 
 class TransferControl:

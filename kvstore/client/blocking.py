@@ -49,8 +49,8 @@ from snowskin.kvstore.messages import (
     Request,
     StatRequest,
 )
-from snowskin.transport.api import TrafficClass
 from snowskin.transport.memory import MemoryRegion, region_of
+from snowskin.transport.traffic import TrafficClass
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

@@ -44,9 +44,9 @@ from snowskin.kvstore.value import value
 from snowskin.kvstore.wire import (
     EMPTY_KEYS,
 )
-from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 from snowskin.transport.runs import Run as TransferRun
+from snowskin.transport.traffic import TrafficClass
 
 if TYPE_CHECKING:
     from snowskin.kvstore.blocks import KeyColumn

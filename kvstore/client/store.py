@@ -49,9 +49,9 @@ from snowskin.kvstore.messages import (
 )
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import EMPTY_KEYS
-from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import SnowskinError
 from snowskin.transport.memory import MemoryRegion, region_of
+from snowskin.transport.traffic import TrafficClass
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

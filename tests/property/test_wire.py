@@ -22,6 +22,7 @@ from snowskin.kvstore.messages import (
     CommitRequest,
     Committed,
     Complaint,
+    GrantedRegion,
     Greeting,
     Lease,
     Matched,
@@ -92,7 +93,17 @@ runs = st.lists(
     ),
     max_size=4,
 ).map(tuple)
-leases = st.none() | st.builds(Lease, id=U64, ttl_s=SECONDS, capability=BYTES)
+regions = st.lists(
+    st.builds(GrantedRegion, pool_id=U32, descriptors=st.lists(BYTES, max_size=2).map(tuple)),
+    max_size=2,
+).map(tuple)
+# By the local door a lease has neither capability nor regions.
+leases = (
+    st.none()
+    | st.builds(Lease, id=U64, ttl_s=SECONDS)
+    | st.builds(Lease, id=U64, ttl_s=SECONDS, capability=st.binary(min_size=1), regions=regions)
+)
+SCHEMES = st.lists(TEXT, max_size=3).map(tuple)
 requests = st.one_of(
     st.builds(
         ReserveRequest,
@@ -104,8 +115,9 @@ requests = st.one_of(
         one_reader=st.booleans(),
         ttl_s=SECONDS,
         timeout_s=SECONDS,
+        schemes=SCHEMES,
     ),
-    st.builds(CommitRequest, lease_id=U64, num_blocks=U32, checksums=BYTES),
+    st.builds(CommitRequest, lease_id=U64, num_blocks=U32, checksums=BYTES, schemes=SCHEMES),
     st.builds(AbortRequest, lease_id=U64),
     st.builds(ProbeRequest, namespaces=st.lists(BYTES, max_size=3).map(tuple), keys=key_columns()),
     st.builds(
@@ -117,6 +129,7 @@ requests = st.one_of(
         wait_blocks=U32,
         timeout_s=SECONDS,
         tail_request_id=TEXT,
+        schemes=SCHEMES,
     ),
     st.builds(RenewRequest, lease_ids=LEASE_IDS, ttl_s=SECONDS),
     st.builds(
@@ -151,7 +164,12 @@ replies = st.one_of(
     st.tuples(st.just("reserve"), st.builds(Reserved, lease=leases, runs=runs)),
     st.tuples(
         st.just("commit"),
-        st.builds(Committed, existing_block_indices=st.lists(U32).map(tuple), num_blocks_left=U32),
+        st.builds(
+            Committed,
+            existing_block_indices=st.lists(U32).map(tuple),
+            num_blocks_left=U32,
+            regions=regions,
+        ),
     ),
     st.tuples(st.just("abort"), st.builds(Aborted, freed_nbytes=U64)),
     st.tuples(
@@ -187,6 +205,7 @@ replies = st.one_of(
             counters=st.dictionaries(TEXT, U64, max_size=3),
             draining=st.booleans(),
             door=TEXT,
+            transports=SCHEMES,
         ),
     ),
 )
