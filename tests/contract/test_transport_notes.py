@@ -16,7 +16,7 @@ from snowskin.transport.errors import (
     TransferCancelled,
     TransportError,
 )
-from tests.support.transport_rigs import FAR_S, LARGE_NBYTES, WAIT_S, Rig, wait_until
+from tests.support.transport_rigs import FAR_S, LARGE_NBYTES, WAIT_S, Rig, Stuck, wait_until
 
 
 class Heard:
@@ -213,7 +213,7 @@ def test_14_cancel_from_another_thread_ends_a_transfer_at_its_next_piece(
 async def test_14_async_transfer_can_be_cancelled_by_its_control(huge: Rig) -> None:
     remote = huge.attach()
     control = TransferControl()
-    begun = threading.Event()
+    stuck = Stuck()
     moving = asyncio.ensure_future(
         huge.reader.pull_async(
             remote,
@@ -222,11 +222,12 @@ async def test_14_async_transfer_can_be_cancelled_by_its_control(huge: Rig) -> N
             deadline_s=FAR_S,
             piece_nbytes=4096,
             control=control,
-            landed=lambda offset, nbytes: begun.set(),
+            landed=stuck,
         )
     )
-    await wait_until(begun.is_set)
+    await wait_until(stuck.reached.is_set)
     control.cancel()
+    stuck.go.set()
     with pytest.raises(TransferCancelled):
         async with asyncio.timeout(WAIT_S):
             await moving

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 NBYTES = 64 * 1024
 LARGE_NBYTES = 4 * INLINE_NBYTES
 HUGE_NBYTES = 24 << 20
+BUFFER_NBYTES = 1 << 20
 FAR_S = 1e9
 WAIT_S = 5.0
 
@@ -80,8 +81,10 @@ def _shm(now_s: Callable[[], float]) -> tuple[Transport, Transport]:
 
 
 def _tcp(now_s: Callable[[], float]) -> tuple[Transport, Transport]:
-    here = TcpSettings(listen=(Address("127.0.0.1", 0),))
-    reader = TcpTransport(now_s=now_s, inline_nbytes=INLINE_NBYTES)
+    # Buffers of a size of their own, so that a test knows how much can be on the way.
+    here = TcpSettings(listen=(Address("127.0.0.1", 0),), send_buffer_nbytes=BUFFER_NBYTES)
+    there = TcpSettings(receive_buffer_nbytes=BUFFER_NBYTES)
+    reader = TcpTransport(there, now_s=now_s, inline_nbytes=INLINE_NBYTES)
     return TcpTransport(here, now_s=now_s), reader
 
 
