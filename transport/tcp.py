@@ -36,7 +36,7 @@ from snowskin.transport.tcp_connection import WAIT_S
 from snowskin.transport.tcp_connections import Connections, Link
 from snowskin.transport.tcp_lanes import StripedPull
 from snowskin.transport.tcp_owner import TcpOwner
-from snowskin.transport.tcp_reader import Job, check_note, is_short, pull, pull_short, push
+from snowskin.transport.tcp_reader import Job, check_note, is_plain, pull, pull_run, push
 from snowskin.transport.tcp_settings import TcpSettings
 
 if TYPE_CHECKING:
@@ -382,6 +382,7 @@ class _Tries:
 
     def begin(self, connection: Connection) -> None:
         """Goes over this connection now."""
+        self._job.is_asked = False
         self._landed_nbytes = self._job.landed_nbytes
         if self._link.has_many_paths:
             self._path = connection.path.name
@@ -425,8 +426,9 @@ class _Tries:
 
 
 def _drive(connection: Connection, job: Job, tries: _Tries) -> None:
-    connection.wait_at_most(job.check())
-    if is_short(job) and not job.landed_nbytes and pull_short(connection, job):
+    remaining_s = job.check()
+    connection.wait_at_most(remaining_s)
+    if is_plain(job) and pull_run(connection, job, remaining_s):
         return
     for _ in _steps(connection, job):
         connection.wait_at_most(job.check())
@@ -436,7 +438,7 @@ def _drive(connection: Connection, job: Job, tries: _Tries) -> None:
 async def _drive_async(connection: Connection, job: Job, tries: _Tries) -> None:
     loop = asyncio.get_running_loop()
     connection.set_mood(polling=True)
-    if is_short(job) and not job.landed_nbytes and pull_short(connection, job):
+    if is_plain(job) and pull_run(connection, job, job.check()):
         return
     for _ in _steps(connection, job):
         wait_s = min(max(job.check(), 0.0), LOOP_WAIT_S)
@@ -456,7 +458,7 @@ def _split_off_last(runs: Sequence[Run], piece_nbytes: int) -> tuple[list[Run], 
 
 
 def _steps(connection: Connection, job: Job) -> Iterator[None]:
-    job.heard = False
+    job.heard = job.heard and job.is_asked
     move = pull if job.order.is_pull else push
     return move(connection, job, job.rest() if job.landed_nbytes else job.runs)
 

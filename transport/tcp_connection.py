@@ -91,7 +91,8 @@ class Connection:
         is_reusable: between two transfers, in order: it may serve the next one.
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
-        has_asked: `swap` sent its request.
+        has_asked: `swap` or `ask` sent its request.
+        frame_left_nbytes: of a DATA that was begun, for who goes on with it.
         is_pushing: the owner may be landing what was sent on it.
         hung_up: the owner has ended it, or somebody interrupted it.
         wants_room: what it waits for is room to send, not something to receive.
@@ -113,6 +114,7 @@ class Connection:
         "_start",
         "_wait_s",
         "fd",
+        "frame_left_nbytes",
         "has_asked",
         "heartbeat_s",
         "hung_up",
@@ -147,6 +149,7 @@ class Connection:
         self._buffer = bytearray(SCRATCH_NBYTES)
         self._scratch = memoryview(self._buffer)
         self._start = self._end = 0  # of what lies in the scratch and was not taken
+        self.frame_left_nbytes = 0
         self._op = 0
         self._num_in_vain = self._num_sleeps = 0
         self._spin_s = spin_s
@@ -207,10 +210,6 @@ class Connection:
         """As `receive`, but waits until all of `view` came, where it may wait; less where that took too long."""
         if self._polling or self.is_tls or self._start < self._end:
             return self.receive(view)
-        return self.receive_more(view)
-
-    def receive_more(self, view: memoryview) -> int:
-        """As `receive_whole`, past what lies in the scratch; blocking, and not of TLS."""
         receive = self._receive_into
         wanted_nbytes, got_nbytes, until_s = len(view), 0, 0.0
         try:
@@ -251,19 +250,56 @@ class Connection:
             self.has_asked = True
             if self._polling:
                 return None
-            got_nbytes = self._end = self._wait_for(self._scratch[:whole_nbytes])
+            got_nbytes = self._wait_for(self._scratch[:whole_nbytes])
         except OSError as error:
-            return self._nothing_yet(error) or None
+            self._nothing_yet(error)
+            return None
         if not got_nbytes:
             raise PeerLost(f"{self.peer} ended the connection")
-        if not self._buffer.startswith(answer_head):
-            return None
-        if got_nbytes < whole_nbytes:
-            self._end += self.receive_more(self._scratch[got_nbytes:whole_nbytes])
-            if self._end < whole_nbytes:
-                return None
+        is_answer = self._buffer.startswith(answer_head)
+        if is_answer and got_nbytes < whole_nbytes:
+            got_nbytes += self.receive_whole(self._scratch[got_nbytes:whole_nbytes])
+        if is_answer and got_nbytes == whole_nbytes:
+            return self._scratch[HEAD_NBYTES:whole_nbytes]
+        self._end = got_nbytes
+        return None
+
+    def ask(self, request: bytes, op: int, most_nbytes: int) -> int:
+        """Sends a request, and takes the head of the first DATA of its answer, where it may wait; as `next_frame`."""
+        self.has_asked = False
+        if self._start != self._end or self.is_tls:
+            return 0
+        try:
+            if self._send(request, self._flags) != len(request):
+                raise PeerLost(f"{self.peer} takes no more requests on this connection")
+        except OSError as error:
+            return self._nothing_yet(error)
+        self.has_asked = True
+        return 0 if self._polling else self.next_frame(op, most_nbytes)
+
+    def next_frame(self, op: int, most_nbytes: int) -> int:
+        """Size of the next DATA of this transfer, blocking; 0 where that is not what came: `data_head` knows then."""
         self._start = self._end = 0
-        return self._scratch[HEAD_NBYTES:whole_nbytes]
+        try:
+            self._end = self._receive_into(self._scratch[:HEAD_NBYTES], 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            try:
+                self._end = self._wait_for(self._scratch[:HEAD_NBYTES])
+            except OSError as error:
+                return self._nothing_yet(error)
+        except OSError as error:
+            return self._nothing_yet(error)
+        if not self._end:
+            raise PeerLost(f"{self.peer} ended the connection")
+        if self._end < HEAD_NBYTES:
+            return 0
+        kind, flags, zero, its_op, nbytes = _HEAD.unpack_from(self._buffer)
+        if kind != _DATA or flags or zero or its_op != op:
+            return 0
+        if not 0 < nbytes <= most_nbytes or nbytes > self.welcome.max_data_nbytes:
+            return 0
+        self._start = HEAD_NBYTES
+        return nbytes  # type: ignore[no-any-return]  # struct says Any
 
     def _wait_for(self, view: memoryview) -> int:
         """Receives once something is there: looks again for a moment before it sleeps, because waking costs more.

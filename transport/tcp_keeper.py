@@ -253,7 +253,10 @@ class Keeper:
         return not connection.num_ahead
 
     def _lost(self, connection: Connection, link: Link) -> None:
-        """The owner does not answer: it is stopped, or the way to it is cut."""
+        """The owner does not answer: it is stopped, or the way to it is cut; unless only this thread is late."""
+        if self._is_pong(connection):
+            self._rest(connection, link)
+            return
         self._count_lost(link)
         link.failed(connection.path.name)
         self._close(connection, link)

@@ -110,6 +110,7 @@ class StripedPull:
         self._begin = begin
         self._error: BaseException | None = None
         self._lost: PeerLost | None = None
+        self._has_resumed = False
         self._num_active = 0
         self._next_look_s = 0.0
         self._changed = threading.Condition(link.lock)
@@ -276,6 +277,9 @@ class StripedPull:
         self, lane: Lane, job: LaneJob, connection: Connection | None, error: PeerLost
     ) -> None:
         was_stale = connection is not None and connection.was_idle and not job.heard
+        if job.heard and not self._has_resumed and not self._link.has_many_paths:
+            # Not blamed for that: the owner says on a new connection why it cut this one, or goes on.
+            self._has_resumed = was_stale = True
         with self._changed:
             if not was_stale:
                 self._lost = error

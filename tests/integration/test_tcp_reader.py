@@ -26,9 +26,7 @@ from snowskin.transport.tcp_settings import TcpSettings
 from tests.support.raw_tcp import WELCOME, RawOwner, greeted, next_ask
 from tests.support.waiting import eventually
 
-NBYTES = 1 << 20
-WITHIN_S = 5.0
-AT_ONCE_S = 0.5
+NBYTES, WITHIN_S, AT_ONCE_S = 1 << 20, 5.0, 0.5
 SOURCE = np.random.default_rng(5).integers(0, 256, NBYTES, dtype=np.uint8)
 
 
@@ -158,22 +156,23 @@ def test_a_new_connection_that_dies_is_the_peers_loss_and_names_it():
         assert (owner.num_connections, rig.statistics.num_lost) == (1, 1)
 
 
-def test_what_broke_half_way_goes_on_once_with_the_rest_alone():
+@pytest.mark.parametrize("landed_nbytes", [100_000, 150_000])
+def test_what_broke_half_way_goes_on_once_with_the_rest_alone(landed_nbytes):
     def a_third(stream, asked):
         asked.append(greeted(stream))
-        answer(stream, asked[0], nbytes=150_000)
+        answer(stream, asked[0], nbytes=landed_nbytes)
 
     def rest(stream, asked):
         asked.append(greeted(stream))
         answer(stream, asked[0])
         next_ask(stream)
 
-    script = Script(a_third, rest)
+    script, done = Script(a_third, rest), landed_nbytes - 100_000
     runs = (Run(0, 0, 100_000), Run(200_000, 300_000, 200_000))
     with RawOwner(script) as owner, Rig(owner) as rig:
         rig.pull(*runs)
         assert rig.holds(*runs)
-    assert script.asked[1][0].ranges == ((250_000, 150_000),)
+    assert script.asked[1][0].ranges == ((200_000 + done, 200_000 - done),)
 
 
 def test_what_broke_half_way_twice_is_the_peers_loss():
@@ -394,12 +393,12 @@ def silent(stream):
     stream.is_over(WITHIN_S)
 
 
+HALF = Run(0, 0, 200_000)
+
+
 def half_silent(stream):
     answer(stream, greeted(stream), nbytes=100_000)
     stream.is_over(WITHIN_S)
-
-
-HALF = Run(0, 0, 200_000)
 
 
 @pytest.mark.parametrize("serve", [silent, half_silent])
