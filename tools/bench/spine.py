@@ -1,8 +1,9 @@
 """What does a pull cost, above moving the bytes at all?
 
-A pull is match + lease + copy with checksums + release. It is measured through both doors, against memcpy, and against
-memcpy + CRC-32C in the same pieces, of the same bytes, in the same rounds. Its *fixed cost* is what remains of a pull
-of few bytes once memcpy + checksum of them, measured in the same round, are taken off.
+A pull is match + lease + copy with checksums + release. It is measured by the local door, by the data plane and by
+gRPC's slow path, against memcpy, and against memcpy + CRC-32C in the same pieces, of the same bytes, in the same
+rounds. Its *fixed cost* is what remains of a pull of few bytes once memcpy + checksum of them, measured in the same
+round, are taken off.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from snowskin.kvstore.blocks import KeyColumn
 from snowskin.kvstore.client.blocking import BlockingStoreClient
 from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.client.transports import SLOW_PATH, ClientTransports
 from snowskin.tools.bench.host import host_facts
 from snowskin.tools.bench.report import Goal, Report, Row, make_row, measure
 from snowskin.tools.bench.store_process import StoreProcess, store_process
@@ -272,7 +274,10 @@ def run(options: BenchOptions) -> Report:
     with (
         store_process(dram_nbytes=dram_nbytes) as store,
         BlockingStoreClient.connect(store.door, client_name="bench-door") as door,
-        BlockingStoreClient.connect(store.address, client_name="bench-grpc") as remote,
+        BlockingStoreClient.connect(store.address, client_name="bench-tcp") as remote,
+        BlockingStoreClient.connect(
+            store.address, client_name="bench-grpc", transports=ClientTransports(SLOW_PATH)
+        ) as slow,
     ):
         for number, (num_blocks, block_nbytes) in enumerate(small_shapes):
             load = make_load(100 + number, num_blocks, block_nbytes)
@@ -282,5 +287,5 @@ def run(options: BenchOptions) -> Report:
         for number, (num_blocks, block_nbytes) in enumerate(shapes):
             load = make_load(number, num_blocks, block_nbytes)
             publish(door, load)
-            rows += rate_rows({"local door": door, "gRPC": remote}, load, options)
+            rows += rate_rows({"local door": door, "tcp": remote, "gRPC": slow}, load, options)
     return Report(bench="spine", host=host_facts(), rows=tuple(rows))
