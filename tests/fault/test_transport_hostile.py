@@ -409,6 +409,7 @@ def spelled(descriptor, part) -> bytes:
     return bytes(data[: max(len(data) - cut, 1)]) if edits else bytes(data)
 
 
+@pytest.mark.timeout(600)  # by night ten thousand examples
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(parts=hostile_streams(), greets=st.booleans())
 def test_no_stream_of_frames_gets_a_byte_that_was_not_granted(owner, memory, grant, parts, greets):

@@ -2,7 +2,7 @@
 
 Rules kept here: each target runs in a process of its own, because libFuzzer ends the process; what breaks one is left
 as a file, and its path and traceback are printed; a run that ends well is noted by `write_result` where wanted.
-Needs `pip install atheris`, which is not among the development tools: it has no wheels for every platform.
+Needs atheris (the extra `fuzz`), which is not among the development tools: it has no wheels for every platform.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def fuzz(target: str, seconds: int) -> dict[str, int]:
 def main(arguments: tuple[str, ...], seconds: int, inside: str | None) -> None:
     """Fuzzes the transport's parsers and state machines, all of them unless some are named."""
     if importlib.util.find_spec("atheris") is None:
-        raise click.ClickException("NO FUZZER HERE: pip install atheris")
+        raise click.ClickException("NO FUZZER HERE: pip install -e '.[fuzz]'")
     if inside is not None:
         fuzz_inside(inside, list(arguments))
     from tests.fuzz.targets import TARGETS

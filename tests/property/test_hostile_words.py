@@ -24,6 +24,7 @@ def damaged(draw, target):
     return bytes(data[: draw(st.integers(0, len(data)))])
 
 
+@pytest.mark.timeout(600)  # by night ten thousand examples
 @pytest.mark.parametrize("target", ALL)
 @given(data=st.data())
 def test_any_bytes_are_refused_or_understood(target, data):
