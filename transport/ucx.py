@@ -48,7 +48,7 @@ from snowskin.transport.ucx_settings import (
     is_auxiliary,
     is_hardware,
 )
-from snowskin.transport.ucx_wire import ONE_SIDED, MessageHead, Reach
+from snowskin.transport.ucx_wire import ONE_SIDED, WINDOW_NBYTES, MessageHead, Reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -305,7 +305,6 @@ class UcxTransport(OrderedTransport):
         """A pull: lands the stream piece by piece, as it comes."""
         order, reader = mailbox.order, self._reader
         local = order.local
-        window = self.settings.max_chunks_unacknowledged * CHUNK_NBYTES
         told = position = 0
         chunk, chunk_nbytes, used = None, 0, 0
         for _, local_offset, nbytes in _pieces(order):
@@ -325,7 +324,7 @@ class UcxTransport(OrderedTransport):
                 if used == chunk_nbytes:
                     reader.buffers.give(chunk)
                     chunk = None
-                    if position - told > window // 2 and position < mailbox.total_nbytes:
+                    if position - told > WINDOW_NBYTES // 2 and position < mailbox.total_nbytes:
                         told = position
                         self._thread.post(functools.partial(mailbox.tell_taken, position))
             order.moved(local_offset, nbytes)
@@ -337,7 +336,6 @@ class UcxTransport(OrderedTransport):
         mailbox.next(look)  # CLEAR
         runs = order.runs if order.landed is not None else joined(order.runs)
         cursor = Cursor([(run.local_offset, run.nbytes) for run in runs], order.local.address)
-        window = self.settings.max_chunks_unacknowledged * CHUNK_NBYTES
         piece_end = taken = 0
         for _, local_offset, nbytes in _pieces(order):
             look()
@@ -345,7 +343,7 @@ class UcxTransport(OrderedTransport):
             # whoever looks on is told of a piece before the next one leaves
             most = piece_end if order.landed is not None else cursor.nbytes
             while taken < piece_end:
-                while cursor.position < most and cursor.position - taken < window:
+                while cursor.position < most and cursor.position - taken < WINDOW_NBYTES:
                     position = cursor.position
                     spans = cursor.take(min(CHUNK_NBYTES, most - position), MAX_SPANS)
                     self._thread.post(functools.partial(self._send, mailbox, position, spans))

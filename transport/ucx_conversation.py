@@ -2,10 +2,14 @@
 
 Rules kept here: only the progress thread comes here; what UCX still reads is kept until UCX says so; a peer is lost
 once, for one reason, and then its endpoint is closed, which ends everything posted on it.
+
+UCX keeps no order between messages: a small one may overtake a large one that waits for room. Whatever is said here is
+understood in any order that can happen so.
 """
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import itertools
@@ -13,15 +17,23 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from snowskin.transport.errors import PeerLost
+from snowskin.transport.errors import BadFrame, PeerLost
 from snowskin.transport.ucp.api import Span, UcpFailure
-from snowskin.transport.ucx_wire import LEAVING, MessageHead, MessageKind, encode_frame
+from snowskin.transport.ucx_wire import (
+    LEAVING,
+    WINDOW_NBYTES,
+    MessageHead,
+    MessageKind,
+    encode_frame,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from snowskin.transport.frames import Frame
     from snowskin.transport.ucp.api import UcpWorker
+
+MAX_EARLY = 64  # parts of a stream that came before what belongs in front of them
 
 
 class Conversation:
@@ -151,39 +163,73 @@ class Conversation:
 
 
 class Cursor:
-    """Walks ranges of memory in order.
+    """Ranges of memory in order, as one stream of bytes.
 
     Attributes:
-        position: how much was taken.
+        position: how much of it was taken.
         nbytes: how much there is.
     """
 
-    __slots__ = ("_index", "_ranges", "_skip", "nbytes", "position")
+    __slots__ = ("_ranges", "_starts", "nbytes", "position")
 
     def __init__(self, ranges: Sequence[tuple[int, int]], base: int = 0) -> None:
         """At the first byte of `(offset, nbytes)` ranges; `base` is the address of offset 0."""
         self._ranges = [(base + offset, nbytes) for offset, nbytes in ranges]
-        self._index = 0
-        self._skip = 0
+        self._starts = list(itertools.accumulate((n for _, n in ranges), initial=0))
         self.position = 0
-        self.nbytes = sum(nbytes for _, nbytes in ranges)
+        self.nbytes = self._starts[-1]
 
     def take(self, max_nbytes: int, max_spans: int = 1 << 30) -> list[Span]:
         """The next bytes, at most so many, in at most so many spans."""
-        spans: list[Span] = []
-        while max_nbytes and self._index < len(self._ranges) and len(spans) < max_spans:
-            address, nbytes = self._ranges[self._index]
-            nbytes -= self._skip
-            taken = min(nbytes, max_nbytes)
-            spans.append(Span(address + self._skip, taken))
-            self.position += taken
-            max_nbytes -= taken
-            if taken == nbytes:
-                self._index += 1
-                self._skip = 0
-            else:
-                self._skip += taken
+        spans = self.at(self.position, max_nbytes, max_spans)
+        self.position += sum(span.nbytes for span in spans)
         return spans
+
+    def at(self, position: int, max_nbytes: int, max_spans: int = 1 << 30) -> list[Span]:
+        """The bytes from `position` on, at most so many, in at most so many spans."""
+        spans: list[Span] = []
+        index = bisect.bisect_right(self._starts, position) - 1
+        while max_nbytes and index < len(self._ranges) and len(spans) < max_spans:
+            address, nbytes = self._ranges[index]
+            skip = position - self._starts[index]
+            taken = min(nbytes - skip, max_nbytes)
+            spans.append(Span(address + skip, taken))
+            position += taken
+            max_nbytes -= taken
+            index += 1
+        return spans
+
+
+class Arrivals:
+    """Which parts of a stream came: UCX lets a message overtake another.
+
+    Attributes:
+        nbytes: how much there will be.
+        arrived: how much came without a gap from the beginning.
+        taken: how much the sender was told of, and so where it may send.
+    """
+
+    __slots__ = ("_early", "arrived", "nbytes", "taken")
+
+    def __init__(self, nbytes: int) -> None:
+        """Nothing came."""
+        self.nbytes = nbytes
+        self.arrived = 0
+        self.taken = 0
+        self._early: dict[int, int] = {}
+
+    def add(self, position: int, nbytes: int) -> None:
+        """A part came; BadFrame where it is empty, came before, or lies where nothing was to be sent."""
+        if (
+            not 0 < nbytes <= self.nbytes - position
+            or not self.arrived <= position < self.taken + WINDOW_NBYTES
+            or position in self._early
+            or len(self._early) >= MAX_EARLY
+        ):
+            raise BadFrame(f"DATA of {nbytes} bytes at {position}, after {self.arrived}")
+        self._early[position] = nbytes
+        while self.arrived in self._early:
+            self.arrived += self._early.pop(self.arrived)
 
 
 class FairQueue:

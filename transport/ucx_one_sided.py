@@ -275,7 +275,7 @@ class OneSided:
             if request is not None:
                 request.cancel()
         if self._in_flight:
-            self._link().conversation.lose("was given up on in the middle of a one-sided access")
+            self._link().abandon("a one-sided access to it was given up in the middle")
         if not self._in_flight:
             self._leave()
 

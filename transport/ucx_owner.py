@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,13 +40,14 @@ from snowskin.transport.frames import (
 from snowskin.transport.grants import Completion
 from snowskin.transport.memory_kind import HOST_KINDS
 from snowskin.transport.ucp.api import Span, UcpFailure
-from snowskin.transport.ucx_conversation import Conversation, Cursor, FairQueue
+from snowskin.transport.ucx_conversation import Arrivals, Conversation, Cursor, FairQueue
 from snowskin.transport.ucx_settings import CHUNK_NBYTES
 from snowskin.transport.ucx_wire import (
     LEAVING,
     MAX_DATA_NBYTES,
     ONE_SIDED,
     VERSION,
+    WINDOW_NBYTES,
     Hello,
     MessageHead,
     MessageKind,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from snowskin.transport.ucx_settings import UcxSettings
 
 MAX_SPANS = 256  # of one chunk
+MAX_STOPPED = 64  # ops remembered that were given up before they were asked for
 TICK_S = 0.25  # how late a deadline may be seen while something is served
 
 log = logging.getLogger("snowskin.transport.ucx")
@@ -86,12 +89,14 @@ class Served:
 
     Attributes:
         cursor: through the granted ranges.
-        taken: how much of a pull the peer has where it belongs; how much of a push lies here.
+        taken: how much of a pull the peer has where it belongs.
+        arrivals: of a push, what came.
         one_sided: the peer moves the bytes by itself.
         before_nbytes: of the same transfer, under asks before this one.
     """
 
     __slots__ = (
+        "arrivals",
         "ask",
         "before_nbytes",
         "cursor",
@@ -110,6 +115,7 @@ class Served:
         self.grant = grant
         self.cursor = Cursor(ask.ranges, grant.region.address)
         self.taken = 0
+        self.arrivals = Arrivals(self.cursor.nbytes)
         self.one_sided = bool(position & ONE_SIDED)
         self.before_nbytes = position & ~ONE_SIDED
         self.due_at_s = time.monotonic() + ask.timeout_ms / 1000
@@ -123,10 +129,15 @@ class Served:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Session:
-    """A reader that this side talks to."""
+    """A reader that this side talks to.
+
+    Attributes:
+        stopped: ops that were given up before they were asked for: STOP overtook them.
+    """
 
     conversation: Conversation
     silence_s: float
+    stopped: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_STOPPED))
     served: dict[int, Served] = field(default_factory=dict)
 
 
@@ -250,6 +261,8 @@ class Owner:
                 served = session.served.pop(head.op, None)
                 if served is not None:
                     self._ledger.count_served_failed()
+                else:
+                    session.stopped.append(head.op)
             case MessageKind.HELLO:
                 raise BadFrame("a second HELLO")
 
@@ -263,7 +276,8 @@ class Owner:
                 served = session.served.get(frame.op)
                 if served is None:
                     return  # it timed out here meanwhile
-                if not (served.one_sided or served.taken == served.cursor.nbytes):
+                all_sent = served.cursor.position == served.cursor.nbytes
+                if not served.one_sided and (served.ask.is_push or not all_sent):
                     raise BadFrame("DONE before the last byte")
                 self._complete(served, frame.note)
             case _:
@@ -272,6 +286,8 @@ class Owner:
     def _take_ask(self, session: Session, ask: Ask, position: int) -> None:
         if ask.op in session.served:
             raise BadFrame(f"op {ask.op} is under way")
+        if ask.op in session.stopped:
+            return
         try:
             if len(session.served) >= self._settings.max_transfers:
                 raise PeerBusy(f"{len(session.served)} transfers of one peer are under way")
@@ -302,8 +318,10 @@ class Owner:
         served = session.served.get(head.op)
         if served is None:
             return
-        if served.ask.is_push or not served.taken < head.position <= served.cursor.position:
+        if served.ask.is_push or not 0 < head.position <= served.cursor.position:
             raise BadFrame(f"TAKEN {head.position} of {served.cursor.position}")
+        if head.position <= served.taken:
+            return  # overtaken by a later one
         served.taken = head.position
         if served.taken == served.cursor.nbytes:
             if not served.ask.wants_done:
@@ -316,14 +334,10 @@ class Owner:
         served = session.served.get(head.op)
         if served is None:
             return  # refused or over meanwhile: its bytes were on their way
-        cursor = served.cursor
-        if (
-            not served.ask.is_push
-            or served.one_sided
-            or head.position != cursor.position
-            or not 0 < payload.nbytes <= cursor.nbytes - cursor.position
-        ):
-            raise BadFrame(f"DATA of {payload.nbytes} bytes at {head.position}")
+        if not served.ask.is_push or served.one_sided:
+            raise BadFrame("DATA of a transfer that takes none")
+        arrivals = served.arrivals
+        arrivals.add(head.position, payload.nbytes)
         try:
             served.grant.begin_piece(self._now_s())
         except TransportError as error:
@@ -331,24 +345,25 @@ class Owner:
             return
         try:
             source = payload.address
-            for address, nbytes in cursor.take(payload.nbytes):
+            for address, nbytes in served.cursor.at(head.position, payload.nbytes):
                 ctypes.memmove(address, source, nbytes)
                 source += nbytes
         finally:
             served.grant.end_piece()
-        session.conversation.tell(MessageKind.TAKEN, head.op, cursor.position)
-        if cursor.position == cursor.nbytes:
+        if arrivals.arrived > arrivals.taken:
+            arrivals.taken = arrivals.arrived
+            session.conversation.tell(MessageKind.TAKEN, head.op, arrivals.taken)
+        if arrivals.arrived == arrivals.nbytes:
             self._complete(served, served.ask.note)
             session.conversation.say(Done(op=head.op, note=b""))
 
     def _queue(self, served: Served) -> None:
         """Lets a pull wait for its turn, where the peer has taken enough of it."""
-        window = self._settings.max_chunks_unacknowledged * CHUNK_NBYTES
         cursor = served.cursor
         if (
             not served.queued
             and cursor.position < cursor.nbytes
-            and cursor.position - served.taken < window
+            and cursor.position - served.taken < WINDOW_NBYTES
         ):
             served.queued = True
             self._waiting.add(served, served.ask.traffic)

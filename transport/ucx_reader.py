@@ -29,7 +29,7 @@ from snowskin.transport.frames import (
     Welcome,
 )
 from snowskin.transport.ucp.api import UcpFailure
-from snowskin.transport.ucx_conversation import Conversation
+from snowskin.transport.ucx_conversation import Arrivals, Conversation
 from snowskin.transport.ucx_wire import (
     LEAVING,
     MAX_DATA_NBYTES,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from snowskin.transport.ucx_wire import Reach
 
 MAX_RECONNECT_S = 2.0
+NUM_KEPT = 8  # chunks of memory, 1 MiB each
 GLANCE_S = 0.2  # how late a waiting transfer may see that a region was closed
 
 log = logging.getLogger("snowskin.transport.ucx")
@@ -97,7 +98,8 @@ class Mailbox:
     Attributes:
         link: where it is under way, None before.
         total_nbytes: of its stream.
-        arrived: of a pull, how much of the stream came; of a push, how much the owner has.
+        arrivals: of a pull, what came; the rest waits in `early`.
+        taken: of a push, how much the owner has.
         sent: of a push, how much was sent.
         is_cleared: whether the owner said CLEAR.
     """
@@ -110,7 +112,9 @@ class Mailbox:
         self.position = position
         self.total_nbytes = sum(nbytes for _, nbytes in ask.ranges)
         self.link: Link | None = None
-        self.arrived = 0
+        self.arrivals = Arrivals(self.total_nbytes)
+        self.early: dict[int, tuple[Bytes, int]] = {}
+        self.taken = 0
         self.sent = 0
         self.is_cleared = False
         self._items: collections.deque[object] = collections.deque()
@@ -152,6 +156,7 @@ class Mailbox:
     def tell_taken(self, position: int) -> None:
         """In the progress thread: tells the owner how much is where it belongs."""
         if self.link is not None:
+            self.arrivals.taken = position
             self.link.conversation.tell(MessageKind.TAKEN, self.ask.op, position)
 
     def stop(self) -> None:
@@ -214,10 +219,10 @@ class Link:
         """Says that all of a pull is where it belongs, and DONE where a note is given."""
         op = mailbox.ask.op
         if self.under_way.pop(op, None) is not None:
-            if not mailbox.is_one_sided:
-                self.conversation.tell(MessageKind.TAKEN, op, mailbox.arrived)
             if note is not None:
                 self.conversation.say(Done(op=op, note=note))
+            else:
+                self.conversation.tell(MessageKind.TAKEN, op, mailbox.total_nbytes)
 
     def stop(self, mailbox: Mailbox) -> None:
         """Gives a transfer up; what still comes for it is dropped."""
@@ -232,6 +237,14 @@ class Link:
         if key is None:
             key = self.keys[packed] = self.conversation.endpoint.unpack(packed)
         return key
+
+    def abandon(self, why: str) -> None:
+        """Ends a link whose owner did nothing wrong; the next transfer makes another at once."""
+        if not self.conversation.over:
+            self._reader.forget(self)
+            self.end(
+                PeerLost(f"{self.conversation.peer}: {why}", hint="begin again", retry_after_s=0.0)
+            )
 
     def take_others(self) -> list[Mailbox]:
         """What waits for the owner's answer under other rights than the one that this link began with."""
@@ -285,9 +298,11 @@ class Link:
             case Done():
                 done = self.under_way.get(frame.op)
                 if done is not None:
-                    if not done.is_brought or done.arrived < done.total_nbytes:
+                    if not done.is_brought or done.sent < done.total_nbytes:
                         raise BadFrame("DONE before the last byte")
                     del self.under_way[frame.op]
+                    if done.taken < done.total_nbytes:  # it overtook the last TAKEN
+                        done.put(done.total_nbytes)
                     done.put(frame)
             case Fail() if frame.op:
                 refused = self.under_way.pop(frame.op, None)
@@ -303,26 +318,28 @@ class Link:
     def _take_taken(self, head: MessageHead) -> None:
         mailbox = self.under_way.get(head.op)
         if mailbox is not None:
-            if not mailbox.is_brought or not mailbox.arrived < head.position <= mailbox.sent:
-                raise BadFrame(f"TAKEN {head.position} after {mailbox.arrived}, of {mailbox.sent}")
-            mailbox.arrived = head.position
-            mailbox.put(head.position)
+            if not mailbox.is_brought or not 0 < head.position <= mailbox.sent:
+                raise BadFrame(f"TAKEN {head.position} of {mailbox.sent}")
+            if head.position > mailbox.taken:  # else a later one overtook it
+                mailbox.taken = head.position
+                mailbox.put(head.position)
 
     def _take_data(self, head: MessageHead, payload: Span) -> None:
         mailbox = self.under_way.get(head.op)
         if mailbox is None:
             return  # given up meanwhile
-        if (
-            mailbox.ask.is_push
-            or mailbox.is_one_sided
-            or head.position != mailbox.arrived
-            or not 0 < payload.nbytes <= mailbox.total_nbytes - mailbox.arrived
-        ):
-            raise BadFrame(f"DATA of {payload.nbytes} bytes at {head.position}")
-        mailbox.arrived += payload.nbytes
+        if mailbox.ask.is_push or mailbox.is_one_sided:
+            raise BadFrame("DATA of a transfer that takes none")
+        arrivals = mailbox.arrivals
+        position = arrivals.arrived
+        arrivals.add(head.position, payload.nbytes)
         buffer = self._reader.buffers.take()
         ctypes.memmove(buffer.ctypes.data, payload.address, payload.nbytes)
-        mailbox.put((buffer, payload.nbytes))
+        mailbox.early[head.position] = (buffer, payload.nbytes)
+        while position < arrivals.arrived:
+            item = mailbox.early.pop(position)
+            position += item[1]
+            mailbox.put(item)
 
 
 class Reader:
@@ -332,7 +349,7 @@ class Reader:
         """No link yet."""
         self.thread = thread
         self.settings = settings
-        self.buffers = Buffers(2 * settings.max_chunks_unacknowledged)
+        self.buffers = Buffers(NUM_KEPT)
         self._links: dict[bytes, Link] = {}  # by the owner's address
         self._by_session: dict[bytes, Link] = {}
         self._pauses: dict[bytes, tuple[float, float]] = {}  # not before, and how long next
@@ -366,7 +383,7 @@ class Reader:
             self._pauses.pop(address, None)
             link = self._links.get(address)
             if link is not None:
-                self._forget(link)
+                self.forget(link)
                 link.end(PeerLost(f"all regions of {link.conversation.peer} were closed"))
 
     def begin(self, mailbox: Mailbox) -> None:
@@ -398,7 +415,7 @@ class Reader:
 
     def refused(self, link: Link, error: TransportError) -> None:
         """The owner does not talk to us under the right that we named; under another one it may."""
-        self._forget(link)
+        self.forget(link)
         others = link.take_others()
         link.end(error)
         for mailbox in others:
@@ -408,7 +425,7 @@ class Reader:
         """The way to an owner is gone, and all that was under way over it."""
         self.num_lost += 1
         log.info("ucx: %s", error)
-        address = self._forget(link)
+        address = self.forget(link)
         if address in self._num_attached:
             _, pause_s = self._pauses.get(address, (0.0, self.settings.reconnect_s))
             self._pauses[address] = (
@@ -420,7 +437,7 @@ class Reader:
     def close(self, error: TransportError) -> None:
         """Ends all links."""
         for link in list(self._links.values()):
-            self._forget(link)
+            self.forget(link)
             link.end(error)
 
     def _connect(self, reach: Reach, descriptor: RegionDescriptor) -> Link:
@@ -445,7 +462,8 @@ class Reader:
             self._tick_timer = self.thread().later(self.settings.heartbeat_s / 2, self._tick)
         return link
 
-    def _forget(self, link: Link) -> bytes:
+    def forget(self, link: Link) -> bytes:
+        """No message goes to this link any more; the address that it was for."""
         self._by_session.pop(link.conversation.session, None)
         for address, known in list(self._links.items()):
             if known is link:

@@ -34,7 +34,6 @@ class UcxSettings:
         binding: `auto`, `ucx-py` or `ctypes`.
         max_sessions: peers that are served at once.
         max_transfers: of one peer at once.
-        max_chunks_unacknowledged: of one transfer, until the peer has taken some.
         max_chunks_posted: over all transfers, in UCX's hands.
         get_nbytes: of one one-sided access; a larger run is several.
         max_gets_in_flight: of one transfer.
@@ -53,7 +52,6 @@ class UcxSettings:
     binding: str = "auto"
     max_sessions: int = 1024
     max_transfers: int = 64
-    max_chunks_unacknowledged: int = 4
     max_chunks_posted: int = 8
     get_nbytes: int = 4 << 20
     max_gets_in_flight: int = 4

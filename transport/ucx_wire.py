@@ -4,7 +4,7 @@ Rules kept here: nothing is allocated before its size was compared with its boun
 BadDescriptor and never anything else; addresses and keys reach UCX only under a digest that is keyed with the grant's
 capability, so what was damaged on its way is refused here (UCX can crash on it).
 
-A message is a head and a payload. All integers are big-endian:
+Messages may overtake each other. A message is a head and a payload. All integers are big-endian:
 
     16 session   1 kind   1 side (1: the owner speaks)   2 zero   4 op   8 position
 
@@ -42,7 +42,7 @@ from snowskin.transport.frames import (
     encode,
 )
 from snowskin.transport.ucp.api import MAX_PEER_BYTES
-from snowskin.transport.ucx_settings import RECEIVE_SEGMENT_NBYTES
+from snowskin.transport.ucx_settings import CHUNK_NBYTES, RECEIVE_SEGMENT_NBYTES
 
 if TYPE_CHECKING:
     from snowskin.transport.descriptor import RegionDescriptor
@@ -51,6 +51,7 @@ VERSION = 1
 SESSION_NBYTES = 16
 MAX_SLICES = 1024
 MAX_DATA_NBYTES = RECEIVE_SEGMENT_NBYTES
+WINDOW_NBYTES = 4 * CHUNK_NBYTES  # DATA of one transfer begins less than this behind what is TAKEN
 LEAVING = 0  # the op of a STOP that ends the conversation
 ONE_SIDED = 1 << 63  # in the position of a PULL's or PUSH's message
 

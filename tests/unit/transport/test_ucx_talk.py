@@ -25,6 +25,7 @@ from snowskin.transport.ucx_reader import Mailbox, Reader
 from snowskin.transport.ucx_settings import CHUNK_NBYTES, UcxSettings, is_hardware
 from snowskin.transport.ucx_wire import (
     ONE_SIDED,
+    WINDOW_NBYTES,
     MessageHead,
     MessageKind,
     Reach,
@@ -183,7 +184,7 @@ def test_what_was_not_granted_is_refused_and_the_session_lives(
 
 
 def test_pull_sends_no_more_than_the_peer_has_room_for(stage: OwnerStage) -> None:
-    window = SETTINGS.max_chunks_unacknowledged
+    window = WINDOW_NBYTES // CHUNK_NBYTES
     stage.frame(PULL._replace(ranges=(Range(0, stage.nbytes),), wants_done=False))
     assert stage.num_data() == window
     stage.hear(TAKEN, 1, 2 * CHUNK_NBYTES)
@@ -215,7 +216,8 @@ def test_push_lands_where_it_was_granted_and_is_acknowledged(stage: OwnerStage) 
 @pytest.mark.parametrize(
     "lie",
     [
-        (DATA, 1, 1, b"not in order"),
+        (DATA, 1, 80, b"behind the end"),
+        (DATA, 1, 1 << 63, b"far behind it"),
         (DATA, 1, 0, bytes(200)),
         (DATA, 1, 0, b""),
         (TAKEN, 1, 4, b""),
@@ -246,6 +248,52 @@ def test_peer_that_took_what_was_never_sent_breaks_the_protocol(
     stage.frame(PULL._replace(ranges=(Range(0, 300),)))
     stage.hear(TAKEN, 1, position)
     assert stage.owner.num_sessions == 0
+
+
+def test_push_whose_parts_overtake_each_other_lands_where_it_belongs(stage: OwnerStage) -> None:
+    stage.frame(PUSH._replace(ranges=(Range(10, 4), Range(100, 6))))
+    stage.hear(DATA, 1, 5, b"fghij")
+    assert stage.ledger.counts["served"] == 0
+    assert stage.memory[101:106].tobytes() == b"fghij"
+    stage.hear(DATA, 1, 0, b"abcde")
+    assert stage.memory[10:14].tobytes() + stage.memory[100:106].tobytes() == b"abcdefghij"
+    assert stage.ledger.counts == {"served": 1}
+
+
+@pytest.mark.parametrize("position", [0, 5])
+def test_part_of_a_push_that_comes_twice_ends_the_session(stage: OwnerStage, position: int) -> None:
+    stage.frame(PUSH)
+    stage.hear(DATA, 1, position, b"fghij")
+    stage.hear(DATA, 1, position, b"fghij")
+    assert stage.owner.num_sessions == 0
+
+
+def test_push_sends_no_further_than_it_may(stage: OwnerStage) -> None:
+    stage.frame(PUSH._replace(ranges=(Range(0, stage.nbytes),)))
+    stage.hear(DATA, 1, WINDOW_NBYTES - 1, b"x")
+    assert stage.owner.num_sessions == 1
+    stage.hear(DATA, 1, WINDOW_NBYTES, b"x")
+    assert stage.owner.num_sessions == 0
+
+
+def test_done_and_taken_may_overtake_what_was_taken_before(stage: OwnerStage) -> None:
+    window = WINDOW_NBYTES // CHUNK_NBYTES
+    stage.frame(PULL._replace(ranges=(Range(0, 5 * CHUNK_NBYTES),)))
+    stage.hear(TAKEN, 1, 3 * CHUNK_NBYTES)
+    stage.hear(TAKEN, 1, 2 * CHUNK_NBYTES)
+    assert stage.num_data() == window + 1
+    stage.frame(Done(op=1, note=b"mine"))
+    assert stage.ledger.counts == {"served": 1}
+    stage.hear(TAKEN, 1, 5 * CHUNK_NBYTES)
+    assert stage.owner.num_sessions == 1
+
+
+def test_pull_whose_stop_overtook_it_is_not_begun(stage: OwnerStage) -> None:
+    stage.hear(STOP, 1)
+    stage.frame(PULL)
+    assert not stage.num_data()
+    stage.frame(PULL._replace(op=2))
+    assert stage.num_data() == 1
 
 
 def test_revoked_grant_stops_a_pull_at_its_next_chunk(stage: OwnerStage) -> None:
@@ -369,7 +417,7 @@ class ReaderStage:
 
 
 PULL_LIES = [
-    (DATA, 1, 1, b"not in order"),
+    (DATA, 1, 150, b"behind the end"),
     (DATA, 1, 0, bytes(151)),
     (DATA, 1, 0, b""),
     (TAKEN, 1, 5, b""),
@@ -389,7 +437,7 @@ def test_owner_that_breaks_the_protocol_is_lost(lie: Any) -> None:
     assert stage.reader.num_links == 0
 
 
-@pytest.mark.parametrize("taken", [0, 11, 150])
+@pytest.mark.parametrize("taken", [0, 11, 150, 1 << 63])
 def test_owner_that_took_of_a_push_what_was_not_sent_is_lost(taken: int) -> None:
     stage = ReaderStage(is_push=True)
     stage.hear(FRAME, payload=encode(Clear(op=1)))
@@ -398,6 +446,40 @@ def test_owner_that_took_of_a_push_what_was_not_sent_is_lost(taken: int) -> None
     stage.hear(TAKEN, 1, taken)
     with pytest.raises(PeerLost, match="the-owner"):
         stage.next()
+
+
+def test_parts_of_a_pull_that_overtake_each_other_are_told_in_order() -> None:
+    stage = ReaderStage()
+    stage.hear(DATA, 1, 100, b"z" * 50)
+    stage.hear(DATA, 1, 60, b"y" * 40)
+    glances = iter([0.0])
+    with pytest.raises(StopIteration):  # it looked, found nothing, and looks again
+        stage.mailbox.next(lambda: next(glances))
+    stage.hear(DATA, 1, 0, b"x" * 60)
+    told: list[Any] = [stage.next(), stage.next(), stage.next()]
+    assert b"".join(buffer[:nbytes].tobytes() for buffer, nbytes in told) == (
+        b"x" * 60 + b"y" * 40 + b"z" * 50
+    )
+
+
+@pytest.mark.parametrize("position", [0, 60])
+def test_part_of_a_pull_that_comes_twice_costs_its_owner_the_link(position: int) -> None:
+    stage = ReaderStage()
+    for _ in range(2):
+        stage.hear(DATA, 1, position, b"y" * 40)
+    assert stage.reader.num_links == 0
+
+
+def test_done_of_a_push_may_overtake_the_last_taken() -> None:
+    stage = ReaderStage(is_push=True)
+    stage.hear(FRAME, payload=encode(Clear(op=1)))
+    stage.mailbox.sent = 150
+    stage.hear(TAKEN, 1, 100)
+    stage.hear(TAKEN, 1, 60)
+    stage.hear(FRAME, payload=encode(Done(op=1, note=b"")))
+    stage.hear(TAKEN, 1, 150)
+    assert [stage.next() for _ in range(4)] == [Clear(op=1), 100, 150, Done(op=1, note=b"")]
+    assert stage.reader.num_links == 1
 
 
 def test_one_sided_transfer_takes_no_bytes_by_message() -> None:
