@@ -128,7 +128,11 @@ class BlockingStoreClient:
         if address.startswith(DOOR_PREFIX):
             check_may_map(transports, address)
             connection = BlockingDoorConnection(
-                address.removeprefix(DOOR_PREFIX), client_name, access, timeout_s=timeout_s
+                address.removeprefix(DOOR_PREFIX),
+                client_name,
+                access,
+                transports,
+                timeout_s=timeout_s,
             )
         else:
             connection = BlockingRpcConnection(

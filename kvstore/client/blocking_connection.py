@@ -32,7 +32,6 @@ from snowskin.kvstore.rpc import call_metadata, channel_options, header_text, tr
 from snowskin.kvstore.tracing import outgoing
 from snowskin.kvstore.wire import reply_from, request_to
 from snowskin.transport.errors import SnowskinError, TransportClosed
-from snowskin.transport.shm import ShmTransport
 from snowskin.v1 import store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
@@ -64,10 +63,18 @@ class _Renewing:
 class BlockingDoorConnection:
     """A session on a local door."""
 
-    def __init__(self, path: str, client_name: str, access: Access, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        client_name: str,
+        access: Access,
+        transports: ClientTransports,
+        *,
+        timeout_s: float,
+    ) -> None:
         """Connects, greets, maps the pools."""
         self._conversation = Conversation()
-        self._transport = ShmTransport()
+        self._transport = transports.new_map()
         self._door = connect_socket(path, timeout_s)
         descriptors: list[int] = []
         try:

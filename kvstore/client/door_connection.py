@@ -24,11 +24,12 @@ from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.tracing import outgoing
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import SnowskinError, TransportClosed
-from snowskin.transport.shm import ShmTransport
 
 if TYPE_CHECKING:
     from snowskin.kvstore.client.machine import Move
+    from snowskin.kvstore.client.transports import ClientTransports
     from snowskin.transport.copying import AttachedMemory
+    from snowskin.transport.shm import ShmTransport
 
 # Not more: the C library takes fresh pages for larger buffers, on each call.
 RECV_NBYTES = 64 << 10
@@ -132,11 +133,17 @@ class DoorConnection:
 
     @classmethod
     async def open(
-        cls, path: str, client_name: str, access: Access, *, timeout_s: float
+        cls,
+        path: str,
+        client_name: str,
+        access: Access,
+        transports: ClientTransports,
+        *,
+        timeout_s: float,
     ) -> DoorConnection:
         """Connects, greets, maps the pools."""
         conversation = Conversation()
-        transport = ShmTransport()
+        transport = transports.new_map()
         loop = asyncio.get_running_loop()
         door = await _connect_socket(path, time.monotonic() + timeout_s)
         descriptors: list[int] = []

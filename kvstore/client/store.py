@@ -153,7 +153,11 @@ class StoreClient:
         if address.startswith(DOOR_PREFIX):
             check_may_map(transports, address)
             connection = await DoorConnection.open(
-                address.removeprefix(DOOR_PREFIX), client_name, access, timeout_s=timeout_s
+                address.removeprefix(DOOR_PREFIX),
+                client_name,
+                access,
+                transports,
+                timeout_s=timeout_s,
             )
         else:
             connection = await RpcConnection.open(

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import Counter
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from snowskin.transport.api import TransportStatistics
 from snowskin.transport.errors import TransportClosed, TransportUnavailable
 from snowskin.transport.registry import open_transport
+from snowskin.transport.shm import ShmTransport
 from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.tcp_settings import TcpSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from snowskin.transport.api import Transport, TransportStatistics
+    from snowskin.transport.api import Transport
     from snowskin.transport.tcp_settings import TlsFiles
 
 MAX_CLIENT_NAME = 32  # in UTF-8 at most what the data plane takes
@@ -65,6 +69,8 @@ class ClientTransports:
             **(factories or {}),
         }
         self._open: dict[str, Transport] = {}
+        self._maps: list[ShmTransport] = []
+        self._past: TransportStatistics | None = None  # of the maps that were closed
         self._lock = threading.Lock()
         self._closed = False
 
@@ -127,10 +133,32 @@ class ClientTransports:
             )
         return shared
 
-    def statistics(self) -> dict[str, TransportStatistics]:
-        """The counters of what is open, by scheme."""
+    def new_map(self) -> ShmTransport:
+        """What one connection to a local door moves bytes by; it closes it, its counts stay here."""
+        transport = ShmTransport()
         with self._lock:
-            return {scheme: transport.statistics() for scheme, transport in self._open.items()}
+            self._forget_closed()
+            self._maps.append(transport)
+        return transport
+
+    def statistics(self) -> dict[str, TransportStatistics]:
+        """The counters of what is, or was, open, by scheme."""
+        with self._lock:
+            self._forget_closed()
+            found = {scheme: transport.statistics() for scheme, transport in self._open.items()}
+            mapped = [each.statistics() for each in self._maps]
+            if self._past is not None:
+                mapped.append(self._past)
+        if mapped:
+            found[ON_THIS_HOST] = sum_of(mapped)
+        return found
+
+    def _forget_closed(self) -> None:
+        closed = [each for each in self._maps if each.closed]
+        if closed:
+            past = [each.statistics() for each in closed]
+            self._past = sum_of(past if self._past is None else [self._past, *past])
+            self._maps = [each for each in self._maps if each not in closed]
 
     def close(self) -> None:
         """Ends all; idempotent."""
@@ -140,6 +168,24 @@ class ClientTransports:
             self._open.clear()
         for transport in transports:
             transport.close()
+
+
+def sum_of(statistics: Sequence[TransportStatistics]) -> TransportStatistics:
+    """The counters of several transports as of one."""
+    refused: Counter[str] = Counter()
+    for each in statistics:
+        refused.update(dict(each.refused_by_reason))
+    numbers = {
+        field.name: sum(getattr(each, field.name) for each in statistics)
+        for field in fields(TransportStatistics)
+        if field.name not in ("nbytes_by_traffic", "refused_by_reason")
+    }
+    by_traffic = zip(*(each.nbytes_by_traffic for each in statistics), strict=True)
+    return TransportStatistics(
+        nbytes_by_traffic=tuple(map(sum, by_traffic)),
+        refused_by_reason=tuple(sorted(refused.items())),
+        **numbers,
+    )
 
 
 def check_may_map(transports: ClientTransports, address: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snowskin.kvstore.client.door_connection import DoorConnection
+from snowskin.kvstore.client.transports import ClientTransports
 from snowskin.kvstore.messages import Access, Matched, MatchRequest, ReleaseRequest
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Place:
 async def find(door: str, namespace: bytes, keys: KeyColumn) -> Place:
     """Asks for all of `keys`, which must be there, and lets go of them at once."""
     connection = await DoorConnection.open(
-        door.removeprefix("unix:"), "tamperer", Access.READ, timeout_s=TIMEOUT_S
+        door.removeprefix("unix:"), "tamperer", Access.READ, ClientTransports(), timeout_s=TIMEOUT_S
     )
     try:
         matched = await connection.call(
