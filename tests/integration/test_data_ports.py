@@ -128,6 +128,21 @@ async def test_a_node_without_a_data_plane_serves_the_slow_path_and_one_without_
     transports.close()
 
 
+async def test_ucx_is_taken_where_it_is_demanded_and_by_nobody_else():
+    transports = ClientTransports("ucx")
+    try:
+        transports.open_demanded()
+    except TransportUnavailable as error:
+        pytest.skip(f"NOT TESTED: UCX IS NOT HERE: {error}")
+    both = ("shm", "tcp", "ucx")
+    async with node(transports=both) as role, await connected(role, transports) as client:
+        assert (await client.stat()).transports == ("tcp", "ucx")
+        await there_and_back(client)
+        moved = transports.statistics()["ucx"]
+        assert (moved.pushed_nbytes, moved.pulled_nbytes) == (BLOCK, BLOCK)
+    transports.close()
+
+
 @pytest.mark.parametrize(
     ("settings", "refused", "said"),
     [
