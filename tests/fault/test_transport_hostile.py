@@ -13,7 +13,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from snowskin.transport.api import Range
+from snowskin.transport.api import Range, RegionDescriptor
+from snowskin.transport.errors import TransportError
 from snowskin.transport.frames import (
     MAX_DATA_NBYTES,
     MAX_RANGES,
@@ -29,6 +30,7 @@ from snowskin.transport.frames import (
 )
 from tests.fuzz.targets import parsed
 from tests.support.raw_tcp import HELLO, WELCOME, RawReader, ask_of, changed, head, reachable
+from tests.support.tcp_pair import Reader
 from tests.support.transfer_child import TestMemory, TransferChild, has_canaries
 from tests.support.waiting import eventually
 
@@ -91,9 +93,9 @@ def refusals(owner, before, reason):
     return now.get(reason, 0) - old.get(reason, 0)
 
 
-def flipped(data: bytes, at: int) -> bytes:
+def flipped(data: bytes, at: int, mask: int = 1) -> bytes:
     changed_data = bytearray(data)
-    changed_data[at] ^= 1
+    changed_data[at] ^= mask
     return bytes(changed_data)
 
 
@@ -371,6 +373,24 @@ def test_pings_are_answered_while_idle(owner, grant):
         for op in (0, 1, (1 << 32) - 1):
             reader.say(Ping(op=op))
             assert reader.hear() == Pong(op=op)
+
+
+def test_a_descriptor_with_any_bit_flipped_opens_nothing_else(owner, memory, grant):
+    told = grant.to_bytes()
+    host_at = told.index(b"127.0.0.1")
+    of_its_region = memory.pattern(*SECOND).tobytes()
+    with TestMemory(NBYTES) as landing, Reader(landing, connect_timeout_s=0.2) as reader:
+        for at in range(len(told) * 8):
+            if host_at <= at // 8 < host_at + len("127.0.0.1"):
+                continue  # a name that has to be looked up
+            landing.fill()
+            try:
+                damaged = RegionDescriptor.from_bytes(flipped(told, at // 8, 1 << at % 8))
+                reader.move(damaged, SECOND.nbytes, remote_offset=SECOND.offset, within_s=0.5)
+            except TransportError:
+                assert landing.canaries_are_intact, f"bit {at}"
+            else:
+                assert landing.bytes_at(0, SECOND.nbytes) == of_its_region, f"bit {at}"
 
 
 @st.composite

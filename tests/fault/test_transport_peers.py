@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from snowskin.transport.errors import PeerLost, TransferTimedOut
+from snowskin.transport.errors import GrantRefused, PeerLost, TransferTimedOut
 from tests.support.raw_tcp import reachable
 from tests.support.relay import Relay
 from tests.support.tcp_pair import NOTE, PULL_STAGES, PUSH_STAGES, Reader, stages, through
@@ -196,6 +196,8 @@ def test_an_owner_that_comes_back_on_its_port_is_reached_without_being_told(owne
             host, port = reachable(descriptor)
             reader.move(descriptor, MOVED)
         with TransferChild("tcp", owned, listen=[f"{host}:{port}"]) as owner:
+            with pytest.raises(GrantRefused):  # of the life before
+                reader.move(descriptor, MOVED)
             assert reader.move(owner.describe(), MOVED).nbytes == MOVED
         assert reader.transport.statistics().num_connected >= 2
 
