@@ -223,15 +223,16 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
     """Receives the DATA of the only run, whose first head was taken; False where it has to wait for long."""
     region = job.order.local
     op = connection.last_op
-    _, at, nbytes = job.runs[0]
-    end = at + nbytes
+    _, at, run_nbytes = job.runs[0]
+    end = at + run_nbytes
     job.heard = True
     while True:
         frame_end = at + frame_nbytes
         while at < frame_end:
+            nbytes = min(frame_end - at, CHUNK_NBYTES)
             region.begin_landing()
             try:
-                got = connection.receive_whole(region.view[at : min(frame_end, at + CHUNK_NBYTES)])
+                got = connection.receive_whole(region.view[at : at + nbytes])
             finally:
                 region.end_landing()
             if not got:
@@ -239,6 +240,8 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
                 return False
             job.moved(at, got)
             at += got
+            if got < nbytes:
+                job.check()  # it drips
         if at == end:
             job.is_asked = False
             connection.is_reusable = True
