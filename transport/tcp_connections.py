@@ -18,13 +18,14 @@ from snowskin.transport.paths import Path, PathSet
 from snowskin.transport.tcp_dialing import dial
 from snowskin.transport.tcp_gate import Gate
 from snowskin.transport.tcp_keeper import Keeper
+from snowskin.transport.tcp_names import Names
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
     from snowskin.transport.tcp_connection import Connection
-    from snowskin.transport.tcp_dialing import Patience
+    from snowskin.transport.tcp_names import Patience
     from snowskin.transport.tcp_settings import TcpSettings
 
 PathsTo = Callable[[Reachability], Sequence[Path]]
@@ -47,6 +48,7 @@ class Link:
         paths: Sequence[Path],
         settings: TcpSettings,
         keeper: Keeper,
+        names: Names,
         *,
         tls: ssl.SSLContext | None,
     ) -> None:
@@ -70,6 +72,7 @@ class Link:
         self.num_users = 0  # attached regions; guarded by Connections
         self._settings = settings
         self._keeper = keeper
+        self._names = names
         self._tls = tls
 
     def take_idle(self, path: str, user: Patience) -> Connection | None:
@@ -148,6 +151,7 @@ class Link:
                 self._settings,
                 _Until(user, now_s + self._settings.connect_timeout_s, self.peer),
                 peer=self.peer,
+                names=self._names,
                 tls=self._tls,
             )
             with self.lock:
@@ -260,6 +264,7 @@ class Connections:
         self._settings = settings
         self._paths_to = paths_to or functools.partial(_paths, settings.local_addresses)
         self._links: dict[Reachability, Link] = {}
+        self._names = Names()
         self._lock = threading.Lock()
         self._tls = None if settings.tls is None else settings.tls.reader_context()
         self.keeper = Keeper(settings, self.links)
@@ -286,7 +291,9 @@ class Connections:
                     raise PeerLost(
                         f"no address of tcp://{reachability.addresses[0]} can be reached from here"
                     )
-                link = Link(reachability, paths, self._settings, self.keeper, tls=self._tls)
+                link = Link(
+                    reachability, paths, self._settings, self.keeper, self._names, tls=self._tls
+                )
                 self._links[reachability] = link
             link.num_users += 1
             return link

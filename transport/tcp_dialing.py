@@ -10,7 +10,7 @@ import errno
 import os
 import select
 import socket
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from snowskin.transport.addresses import Address
 from snowskin.transport.errors import PeerLost
@@ -21,14 +21,8 @@ if TYPE_CHECKING:
     import ssl
 
     from snowskin.transport.paths import Path
+    from snowskin.transport.tcp_names import Names, Patience
     from snowskin.transport.tcp_settings import TcpSettings
-
-
-class Patience(Protocol):
-    """Who waits for a connection: it can lose patience."""
-
-    def check(self) -> float:
-        """How many more seconds it waits; raises what ends its waiting."""
 
 
 def dial(
@@ -37,6 +31,7 @@ def dial(
     patience: Patience,
     *,
     peer: str,
+    names: Names,
     tls: ssl.SSLContext | None,
 ) -> Connection:
     """Connects and shakes hands, within `patience`.
@@ -45,7 +40,7 @@ def dial(
         PeerLost: it cannot be reached. BadFrame: somebody else is there. PeerBusy. What `patience` raises.
     """
     address = Address.parse(path.remote_address)
-    connected = _connected(address, path, settings, patience, peer=peer)
+    connected = _connected(address, path, settings, patience, peer=peer, names=names)
     connection = None
     try:
         if tls is not None:
@@ -60,18 +55,26 @@ def dial(
 
 
 def _connected(
-    address: Address, path: Path, settings: TcpSettings, patience: Patience, *, peer: str
+    address: Address,
+    path: Path,
+    settings: TcpSettings,
+    patience: Patience,
+    *,
+    peer: str,
+    names: Names,
 ) -> socket.socket:
-    """The first of the host's addresses that answers; names are looked up within the system's own time limit."""
-    family = 0
-    if path.local_address:
-        family = socket.AF_INET6 if ":" in path.local_address else socket.AF_INET
+    """The first of the host's addresses that answers, of the family of ours where one is chosen."""
     try:
-        found = socket.getaddrinfo(*address, family=family, type=socket.SOCK_STREAM)
+        found = names.find(address, patience)
     except OSError as error:
         raise PeerLost(f"{peer}: no host is called {address.host}: {error.strerror}") from error
-    failure: OSError | None = None
-    for its_family, _, _, _, target in found:
+    if path.local_address:
+        ours = socket.AF_INET6 if ":" in path.local_address else socket.AF_INET
+        found = tuple(row for row in found if row[0] == ours)
+    failure = OSError(
+        errno.EADDRNOTAVAIL, f"it has no address of the family of {path.local_address}"
+    )
+    for its_family, target in found:
         made = socket.socket(its_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             set_options(made, settings)
@@ -87,7 +90,6 @@ def _connected(
             raise
         else:
             return made
-    assert failure is not None, "getaddrinfo finds something or raises"
     raise PeerLost(
         f"{peer} cannot be reached at {address}: {failure.strerror}",
         hint="is it alive, and is its advertised address reachable from here?",

@@ -147,8 +147,13 @@ class Keeper:
                     return
         if draining is not None:
             self._drain(connection, link, draining[2])
-        elif was_pinged is not None and self._is_pong(connection):
+            return
+        is_pong = False if was_pinged is None else self._is_pong(connection)
+        if is_pong:
             self._rest(connection, link)
+        elif is_pong is None and was_pinged is not None:
+            with link.lock:
+                link.pinged[fd] = was_pinged
         else:
             self._close(connection, link)
             if not link.num_open:
@@ -244,10 +249,11 @@ class Keeper:
                 link.pinged.pop(connection.fd, None)
             self._close(connection, link)
 
-    def _is_pong(self, connection: Connection) -> bool:
+    def _is_pong(self, connection: Connection) -> bool | None:
+        """Whether PONG came, and that alone; None where nothing, or not all of it, came yet."""
         try:
             for _ in connection.expect(Kind.PONG, connection.last_op):
-                return False
+                return None
         except TransportError:
             return False
         return not connection.num_ahead

@@ -300,7 +300,10 @@ def test_idle_connections_say_ping_and_live_on():
         answer(stream, greeted(stream))
         while isinstance(frame := stream.hear(), Ping):
             pings.append(frame.op)
-            stream.send(encode(frame).replace(b"\x09", b"\x0a", 1))
+            pong = encode(frame).replace(b"\x09", b"\x0a", 1)
+            for part in (pong[:5], pong[5:]):  # two segments, at two times
+                stream.send(part)
+                time.sleep(0.01)
         answer(stream, frame)
         next_ask(stream)
 
@@ -497,9 +500,6 @@ def test_a_transfer_that_waits_for_a_place_keeps_its_deadline():
         assert isinstance(first.ended(WITHIN_S), TransferTimedOut)
 
 
-# Event loops.
-
-
 async def test_a_small_pull_does_not_hold_the_event_loop():
     go = threading.Event()
 
@@ -551,9 +551,6 @@ async def test_the_deadline_of_a_small_pull_on_the_loop_is_kept():
         with pytest.raises(TransferTimedOut):
             await rig.pull_async(HALF, within_s=0.1)
         assert time.monotonic() - began_s < 0.1 + AT_ONCE_S
-
-
-# Pushes.
 
 
 def test_an_abandoned_push_is_in_quarantine_until_its_owner_has_ended_the_connection():
