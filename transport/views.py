@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from snowskin.transport.errors import TransportClosed
 
 if TYPE_CHECKING:
@@ -25,11 +27,10 @@ class RegionView:
 
     def __init__(self, array: Bytes, confirm: Callable[[int], None]) -> None:
         """Use `view` of an attached region; `confirm` raises what makes these bytes worthless."""
-        shown = array.view()
-        shown.flags.writeable = False
-        self._array: Bytes | None = shown
+        # By way of a memoryview: the flag of a numpy view alone could be taken back.
+        self._array: Bytes | None = np.frombuffer(array.data.toreadonly(), dtype=np.uint8)
         self._confirm = confirm
-        self.nbytes = int(shown.nbytes)
+        self.nbytes = int(array.nbytes)
 
     @property
     def array(self) -> Bytes:

@@ -193,6 +193,9 @@ class Rig:
                 os.close(link_fd)
 
     def close(self) -> None:
+        """Ends all of it; idempotent."""
+        if self.arena.closed:
+            return
         self.reader.close()
         self.owner.close()
         self.local.close()
