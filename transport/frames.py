@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from snowskin.transport.errors import BadFrame, SnowskinError
-from snowskin.transport.grants import MAX_NOTE_NBYTES, Range
+from snowskin.transport.grants import MAX_NOTE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +133,7 @@ class Ask(NamedTuple):
         traffic: TrafficClass.
         wants_done: a PULL after whose last byte a DONE comes.
         note: of a PUSH, for the owner's `on_done`; a PULL brings its note with DONE.
-        ranges: offset and size in the region.
+        ranges: offset and size in the region; plain tuples, because they take half as long to make as a `Range`.
     """
 
     is_push: bool
@@ -145,7 +145,7 @@ class Ask(NamedTuple):
     traffic: int
     wants_done: bool
     note: bytes
-    ranges: tuple[Range, ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -441,7 +441,7 @@ def _decode_ask(op: int, body: bytes, *, is_push: bool) -> Ask:
         traffic,
         flags == 1,
         body[_ASK.size : first],
-        tuple(map(Range._make, _RANGE.iter_unpack(body[first:]))),
+        tuple(_RANGE.iter_unpack(body[first:])),
     )
 
 
@@ -468,6 +468,6 @@ def _text(text: str, max_nbytes: int) -> bytes:
     return text.encode()[:max_nbytes].decode("utf-8", "ignore").encode()
 
 
-def ranges_nbytes(ranges: Sequence[Range]) -> int:
+def ranges_nbytes(ranges: Sequence[tuple[int, int]]) -> int:
     """Sum of the sizes."""
     return sum(nbytes for _, nbytes in ranges)

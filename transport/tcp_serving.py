@@ -51,7 +51,7 @@ from snowskin.transport.grants import Completion
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from snowskin.transport.grants import Grant, GrantTable, Range
+    from snowskin.transport.grants import Grant, GrantTable
     from snowskin.transport.tcp_settings import TcpSettings
 
 FAREWELL_S = 1.0  # how long a peer may take to hear why its connection ends
@@ -105,7 +105,7 @@ class Cursor:
 
     __slots__ = ("_index", "_ranges", "_skip", "left")
 
-    def __init__(self, ranges: Sequence[Range], nbytes: int) -> None:
+    def __init__(self, ranges: Sequence[tuple[int, int]], nbytes: int) -> None:
         """At the first byte; `nbytes` is the sum of the sizes."""
         self._ranges = ranges
         self._index = 0

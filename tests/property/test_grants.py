@@ -29,6 +29,18 @@ def test_a_range_is_granted_exactly_when_all_its_bytes_are(granted, offset, nbyt
     assert GrantedRanges(granted, REGION_NBYTES).contain(offset, nbytes) == expected
 
 
+@given(
+    granted=st.lists(ranges(), min_size=1, max_size=6),
+    asked=st.lists(
+        st.tuples(st.integers(0, REGION_NBYTES + 2), st.integers(0, REGION_NBYTES + 2)), max_size=8
+    ),
+)
+def test_of_many_ranges_the_first_that_was_not_granted_is_found(granted, asked):
+    held = GrantedRanges(granted, REGION_NBYTES)
+    outside = [index for index, each in enumerate(asked) if not held.contain(*each)]
+    assert held.first_outside(asked) == (outside[0] if outside else None)
+
+
 @given(granted=st.lists(ranges(), min_size=1, max_size=6))
 def test_granted_ranges_are_in_order_apart_and_the_same_bytes(granted):
     joined = list(GrantedRanges(granted, REGION_NBYTES))

@@ -114,7 +114,8 @@ def plain(value):
 def fields_of(record):
     """The fields of a frame or of a descriptor, by name."""
     if isinstance(record, Ask):
-        return plain(record)
+        ranges = [{"offset": offset, "nbytes": nbytes} for offset, nbytes in record.ranges]
+        return {**plain(record), "ranges": ranges}
     if dataclasses.is_dataclass(record):
         return {
             field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(record)
