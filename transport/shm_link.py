@@ -403,9 +403,13 @@ class PeerEnd:
 
 def _own_end(link_fd: int) -> socket.socket:
     """A descriptor of our own for a link."""
+    fd = -1
     try:
-        end = socket.socket(fileno=os.dup(link_fd))
+        fd = os.dup(link_fd)
+        end = socket.socket(fileno=fd)
     except OSError as error:
+        if fd >= 0:
+            os.close(fd)
         raise BadDescriptor(f"descriptor {link_fd} is no link: {error}") from error
     if (end.family, end.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
         end.close()
