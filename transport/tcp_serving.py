@@ -45,6 +45,7 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
     fail_of,
+    named_grant,
 )
 from snowskin.transport.grants import Completion
 
@@ -446,19 +447,20 @@ class ServedConnection:
                     num_pings += head.kind is Kind.PING
                     if num_pings > MAX_PINGS:
                         raise BadFrame(f"more than {MAX_PINGS} PINGs in one go")
-                    self._take(head, bytes(body), is_last=position == len(data), now_s=now_s)
+                    self._take(head, body, is_last=position == len(data), now_s=now_s)
                     continue
             self._partial += data[position:]
             self._partial_since_s = now_s
             return
 
-    def _take(self, head: Head, body: bytes, *, is_last: bool, now_s: float) -> None:
-        frame: Frame = decode_body(head, body)
+    def _take(self, head: Head, body: memoryview, *, is_last: bool, now_s: float) -> None:
+        if head.kind is Kind.PULL or head.kind is Kind.PUSH:
+            if not is_last:
+                raise BadFrame(f"bytes behind {head.kind.name}, before its answer")
+            self._take_ask(head, body, now_s)
+            return
+        frame: Frame = decode_body(head, bytes(body))
         match frame:
-            case Ask():
-                if not is_last:
-                    raise BadFrame(f"bytes behind {head.kind.name}, before its answer")
-                self._take_ask(frame, now_s)
             case Ping():
                 self.out += encode(Pong(op=frame.op))
             case Done():
@@ -492,16 +494,25 @@ class ServedConnection:
         )
         self._enter(Phase.IDLE, now_s)
 
-    def _take_ask(self, ask: Ask, now_s: float) -> None:
-        """Checks a request whole, before anything of the memory is touched."""
-        if len(ask.ranges) > self._settings.max_ranges:
-            raise BadFrame(f"{len(ask.ranges)} ranges, {self._settings.max_ranges} are the most")
+    def _take_ask(self, head: Head, body: memoryview, now_s: float) -> None:
+        """Checks a request whole, before anything of the memory is touched; its grant before its ranges are read."""
+        if not head.op:
+            raise BadFrame(f"{head.kind.name} with op 0")
         try:
-            grant = self._grants.find(ask.capability, epoch=ask.epoch, generation=ask.generation)
+            capability, epoch, generation = named_grant(body)
+            grant = self._grants.find(capability, epoch=epoch, generation=generation)
+            ask = decode_body(head, bytes(body))
+            assert isinstance(ask, Ask), "of these kinds"
+            if len(ask.ranges) > self._settings.max_ranges:
+                raise BadFrame(
+                    f"{len(ask.ranges)} ranges, {self._settings.max_ranges} are the most"
+                )
             nbytes = grant.check(ask.ranges, is_push=ask.is_push, now_s=now_s)
+        except BadFrame:
+            raise
         except TransportError as error:
             self._ledger.count_refused(error.reason)
-            self.out += encode(fail_of(ask.op, error))
+            self.out += encode(fail_of(head.op, error))
             return
         self.transfer = ServedTransfer(
             ask, grant, nbytes, chunk_nbytes=self._settings.chunk_nbytes, now_s=now_s

@@ -335,6 +335,26 @@ def test_what_was_not_granted_is_refused_by_name_and_the_next_is_served(fields, 
     assert payload_of(served.send_all())[0] == MEMORY[:10]
 
 
+def test_a_forged_request_is_refused_before_its_ranges_are_read():
+    served = Served()
+    for capability, reason in ((b"x" * 16, "GRANT_REFUSED"), (b"c" * 16, "BAD_FRAME")):
+        data = bytearray(encode(ask(capability=capability)))
+        data[-20:-16] = b"\xff" * 4  # the number of ranges
+        served.hear_bytes(bytes(data))
+        assert only_fail(served.said()).reason == reason
+
+
+def test_a_request_of_op_0_or_too_short_to_name_a_grant_ends_the_connection():
+    for data in (
+        head(Kind.PULL, op=0, nbytes=60) + bytes(60),
+        head(Kind.PULL, op=1, nbytes=9) + bytes(9),
+    ):
+        served = Served()
+        served.hear_bytes(data)
+        fail = only_fail(served.said())
+        assert (fail.op, fail.reason) == (0, "BAD_FRAME")
+
+
 def test_an_expired_grant_is_refused_by_name():
     served = Served()
     served.hear(ask(), now_s=100.0)
