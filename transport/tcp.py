@@ -169,13 +169,20 @@ class TcpTransport(OrderedTransport):
     def carry_out(self, order: Order) -> None:
         """Moves all bytes of an order on the calling thread."""
         job = self._job(order)
-        if not job.runs:
+        runs = job.runs
+        if not runs:
             return
         link = _link(order)
-        nbytes = sum(run[2] for run in job.runs)
+        nbytes = runs[0][2] if len(runs) == 1 else sum(run[2] for run in runs)
+        is_striped = order.is_pull and self._is_striped(link, job, nbytes)
+        if not is_striped and is_plain(job):
+            entered = link.enter(job, nbytes)
+            if entered is not None:
+                self._carry_at_once(link, job, nbytes, *entered)
+                return
         charge = link.gate.try_enter(nbytes) or self._wait_at_gate(link, job, nbytes)
         try:
-            if job.order.is_pull and self._is_striped(link, job, nbytes):
+            if is_striped:
                 self._carry_in_stripes(link, job)
             else:
                 self._carry_over(link, job, nbytes)
@@ -265,14 +272,46 @@ class TcpTransport(OrderedTransport):
             job.landed_nbytes = 0
             self._carry_over(link, job, last.nbytes)
 
-    def _carry_over(self, link: Link, job: Job, nbytes: int) -> None:
-        """Over one connection, and in its place another where that broke."""
+    def _carry_at_once(
+        self, link: Link, job: Job, nbytes: int, connection: Connection, charge: int
+    ) -> None:
+        """The usual pull: a connection is there, one run comes whole; whatever is unusual goes the general way."""
+        failure: BaseException | None = None
+        try:
+            _interrupt_on_cancel(link, job)
+            remaining_s = job.check()
+            connection.wait_at_most(remaining_s)
+            if pull_run(connection, job, remaining_s):
+                link.leave(connection, charge)
+                return
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failure = error
+        try:
+            self._carry_over(link, job, nbytes, connection, failure)
+        finally:
+            link.gate.leave(charge)
+
+    def _carry_over(
+        self,
+        link: Link,
+        job: Job,
+        nbytes: int,
+        connection: Connection | None = None,
+        failure: BaseException | None = None,
+    ) -> None:
+        """Over one connection, and in its place another where that broke.
+
+        `connection` is one on which the transfer has begun, and `failure` how that went wrong.
+        """
         tries = _Tries(link, job, nbytes)
-        connection = link.take_any(job) or link.connect_any(job)
-        _interrupt_on_cancel(link, job)
+        if connection is None:
+            connection = link.take_any(job) or link.connect_any(job)
+            _interrupt_on_cancel(link, job)
         while True:
             tries.begin(connection)
             try:
+                if failure is not None:
+                    raise failure
                 _drive(connection, job, tries)
                 break
             except PeerLost as error:
@@ -284,7 +323,9 @@ class TcpTransport(OrderedTransport):
                 raise
             finally:
                 tries.end()
+            failure = None
             connection = link.connect_any(job)
+            tries.go_on()
         link.give_back(connection)
 
     async def _carry_out_async(self, order: Order) -> None:
@@ -314,6 +355,7 @@ class TcpTransport(OrderedTransport):
                 finally:
                     tries.end()
                 connection = await self._connect_async(link, job)
+                tries.go_on()
             link.give_back(connection)
         finally:
             link.gate.leave(charge)
@@ -368,27 +410,39 @@ class TcpTransport(OrderedTransport):
 class _Tries:
     """What of a transfer over one connection is tried again where that breaks; see the rules at the top."""
 
-    __slots__ = ("_job", "_landed_nbytes", "_link", "_looked_at_s", "_nbytes", "_num_left", "_path")
+    __slots__ = (
+        "_job",
+        "_landed_nbytes",
+        "_link",
+        "_looked_at_s",
+        "_nbytes",
+        "_num_left",
+        "_path",
+        "_seen_nbytes",
+    )
 
     def __init__(self, link: Link, job: Job, nbytes: int) -> None:
         """`nbytes` in all."""
         self._link = link
         self._job = job
         self._nbytes = nbytes
-        self._landed_nbytes = 0
+        self._landed_nbytes = self._seen_nbytes = 0
         self._num_left = len(link.path_names) if job.order.is_pull else 0
         self._path = ""
         self._looked_at_s = 0.0
 
     def begin(self, connection: Connection) -> None:
         """Goes over this connection now."""
-        self._job.is_asked = False
-        self._landed_nbytes = self._job.landed_nbytes
         if self._link.has_many_paths:
             self._path = connection.path.name
             self._looked_at_s = time.monotonic()
             with self._link.lock:
                 self._link.paths.in_flight(self._path, self._nbytes - self._landed_nbytes)
+
+    def go_on(self) -> None:
+        """With the rest, on a new connection."""
+        self._job.is_asked = False
+        self._landed_nbytes = self._job.landed_nbytes
 
     def end(self) -> None:
         """Goes over it no more."""
@@ -406,7 +460,8 @@ class _Tries:
         if not self._path:
             return
         now_s = time.monotonic()
-        if self._job.landed_nbytes > self._landed_nbytes:
+        if self._job.landed_nbytes > self._seen_nbytes:
+            self._seen_nbytes = self._job.landed_nbytes
             self._looked_at_s = now_s
         elif now_s - self._looked_at_s >= STALL_S and self._link.has_other_way(self._path):
             raise PeerLost(f"{self._link.peer} stands still on path {self._path}")

@@ -58,11 +58,12 @@ class Link:
         self.paths = PathSet(paths)
         self.path_names = tuple(path.name for path in self.paths.paths)
         self.has_many_paths = len(self.path_names) > 1
+        self.lock = threading.Lock()
         self.gate = Gate(
             max_transfers=settings.max_connections_to_peer,
             max_nbytes=settings.max_nbytes_in_flight,
+            lock=self.lock,
         )
-        self.lock = threading.Lock()
         self.idle: dict[str, list[Connection]] = {name: [] for name in self.path_names}
         self.busy: dict[Connection, Patience] = {}
         self.pinged: dict[int, tuple[Connection, float]] = {}
@@ -74,6 +75,32 @@ class Link:
         self._keeper = keeper
         self._names = names
         self._tls = tls
+
+    def enter(self, user: Patience, nbytes: int) -> tuple[Connection, int] | None:
+        """Through the gate and a kept connection in one step, and what `leave` takes back; None: not in one step."""
+        if self.has_many_paths:
+            return None
+        with self.lock:
+            idle = self.idle[self.path_names[0]]
+            if not idle:
+                return None
+            charge = self.gate.try_enter_locked(nbytes)
+            if not charge:
+                return None
+            connection = idle.pop()
+            self.busy[connection] = user
+        connection.was_idle = True
+        return connection, charge
+
+    def leave(self, connection: Connection, charge: int) -> None:
+        """`give_back`, and out of the gate, in one step."""
+        with self.lock:
+            is_kept = self._keep(connection)
+            self.gate.leave_locked(charge)
+        if self.gate.num_waiting:
+            self.gate.let_in()
+        if not is_kept:
+            connection.close()
 
     def take_idle(self, path: str, user: Patience) -> Connection | None:
         """A kept connection of this path, the one used last; None where there is none."""
@@ -174,13 +201,9 @@ class Link:
     def give_back(self, connection: Connection) -> None:
         """Its transfer has ended: keeps it where it can serve another one, else closes it."""
         with self.lock:
-            self.busy.pop(connection, None)
-            if connection.is_reusable and not connection.hung_up and not self._keeper.closed:
-                connection.idle_since_s = connection.spoke_at_s = time.monotonic()
-                self.idle[connection.path.name].append(connection)
-                return
-            self.num_open -= 1
-        connection.close()
+            is_kept = self._keep(connection)
+        if not is_kept:
+            connection.close()
 
     def discard(self, connection: Connection) -> None:
         """Its transfer failed: nothing of it may land any more."""
@@ -225,6 +248,16 @@ class Link:
         if connection not in idle:
             return False
         idle.remove(connection)
+        return True
+
+    def _keep(self, connection: Connection) -> bool:
+        """Guarded by `lock`; whether it was put into the pool."""
+        self.busy.pop(connection, None)
+        if not connection.is_reusable or connection.hung_up or self._keeper.closed:
+            self.num_open -= 1
+            return False
+        connection.idle_since_s = connection.spoke_at_s = time.monotonic()
+        self.idle[connection.path.name].append(connection)
         return True
 
     def _by_business(self) -> list[str]:

@@ -33,11 +33,13 @@ class Ticket:
 class Gate:
     """Lets transfers through; see the rules above."""
 
-    def __init__(self, *, max_transfers: int, max_nbytes: int) -> None:
-        """Open and empty."""
+    def __init__(
+        self, *, max_transfers: int, max_nbytes: int, lock: threading.Lock | None = None
+    ) -> None:
+        """Open and empty; `lock` is shared with whoever does something else in the same step."""
         self._max_transfers = max_transfers
         self._max_nbytes = max_nbytes
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
         self._waiting: list[tuple[int, int, Ticket]] = []
         self._numbers = itertools.count()
         self.num_inside = 0
@@ -50,30 +52,37 @@ class Gate:
 
     def try_enter(self, nbytes: int) -> int:
         """The bytes that `leave` takes back, or 0: it would have to wait."""
-        charge = min(nbytes, self._max_nbytes)
         with self._lock:
-            if self._waiting or not self._has_room(charge):
-                return 0
-            self.num_inside += 1
-            self.nbytes_inside += charge
-            return charge
+            return self.try_enter_locked(nbytes)
+
+    def try_enter_locked(self, nbytes: int) -> int:
+        """As `try_enter`, for who holds the lock."""
+        charge = nbytes if nbytes < self._max_nbytes else self._max_nbytes
+        if self._waiting or not self._has_room(charge):
+            return 0
+        self.num_inside += 1
+        self.nbytes_inside += charge
+        return charge
 
     def wait(self, nbytes: int, urgency: int, on_enter: Callable[[], object]) -> Ticket:
         """Queues up; `on_enter` is called once it is inside, from any thread, perhaps at once."""
         ticket = Ticket(min(nbytes, self._max_nbytes), on_enter)
         with self._lock:
             heapq.heappush(self._waiting, (urgency, next(self._numbers), ticket))
-        self._let_in()
+        self.let_in()
         return ticket
 
     def leave(self, charge: int) -> None:
         """Its transfer has ended, in whatever way."""
         with self._lock:
-            self.num_inside -= 1
-            self.nbytes_inside -= charge
-            if not self._waiting:
-                return
-        self._let_in()
+            self.leave_locked(charge)
+        if self._waiting:
+            self.let_in()
+
+    def leave_locked(self, charge: int) -> None:
+        """As `leave`, for who holds the lock, and calls `let_in` afterwards where somebody waits."""
+        self.num_inside -= 1
+        self.nbytes_inside -= charge
 
     def give_up(self, ticket: Ticket) -> None:
         """It waits no more; if it came inside meanwhile, it leaves."""
@@ -84,7 +93,7 @@ class Gate:
         if ticket.is_inside:
             self.leave(ticket.nbytes)
         else:
-            self._let_in()
+            self.let_in()
 
     def _has_room(self, charge: int) -> bool:
         return not self.num_inside or (
@@ -92,7 +101,8 @@ class Gate:
             and self.nbytes_inside + charge <= self._max_nbytes
         )
 
-    def _let_in(self) -> None:
+    def let_in(self) -> None:
+        """Lets those in for whom there is room now."""
         entered = []
         with self._lock:
             while self._waiting and self._has_room(self._waiting[0][2].nbytes):

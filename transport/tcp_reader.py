@@ -60,12 +60,12 @@ class Job:
 
     __slots__ = (
         "_is_closed",
-        "_now_s",
         "abandoned",
         "heard",
         "is_asked",
         "landed_nbytes",
         "note",
+        "now_s",
         "order",
         "root",
         "runs",
@@ -90,7 +90,7 @@ class Job:
         self.landed_nbytes = 0
         self.abandoned = False
         self.thread_ident = threading.get_ident()
-        self._now_s = now_s
+        self.now_s = now_s
         self._is_closed = is_closed
 
     def check(self) -> float:
@@ -98,7 +98,7 @@ class Job:
         order = self.order
         if self.abandoned or order.remote.closed or order.local.closed or self._is_closed():
             raise TransportClosed("the transport, or a region of this transfer, was closed")
-        now_s = self._now_s()
+        now_s = self.now_s()
         order.check(now_s)
         return order.deadline_s - now_s
 
@@ -117,7 +117,7 @@ class Job:
 
     def check_grant(self) -> None:
         """Raises RegionExpired where the grant's life is over."""
-        now_s = self._now_s()
+        now_s = self.now_s()
         if now_s > self.order.remote.expires_at_s:
             raise RegionExpired(
                 f"the grant ran out {now_s - self.order.remote.expires_at_s:.3f} s before the end",
@@ -167,7 +167,7 @@ def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last:
 def is_plain(job: Job) -> bool:
     """Whether `pull_run` can do it: one run, and nobody who looks at its pieces."""
     order = job.order
-    if len(job.runs) != 1 or not order.is_pull or job.note or job.landed_nbytes:
+    if len(job.runs) != 1 or not order.is_pull or job.note or job.landed_nbytes or job.is_asked:
         return False
     return order.landed is None or job.runs[0][2] <= min(SHORT_NBYTES, order.piece_nbytes)
 
@@ -225,29 +225,33 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
     op = connection.last_op
     _, at, run_nbytes = job.runs[0]
     end = at + run_nbytes
+    begin_landing, end_landing = region.gate.begin, region.gate.end
+    receive, next_frame = connection.receive_whole, connection.next_frame
+    view = region.view  # it stays, though the region may be closed meanwhile
     job.heard = True
+    now_s, deadline_s, control = job.now_s, job.order.deadline_s, job.order.control
     while True:
         frame_end = at + frame_nbytes
         while at < frame_end:
-            nbytes = min(frame_end - at, CHUNK_NBYTES)
-            region.begin_landing()
+            begin_landing()
             try:
-                got = connection.receive_whole(region.view[at : at + nbytes])
+                got = receive(view[at:frame_end])
             finally:
-                region.end_landing()
+                end_landing()
+            at += got
+            job.landed_nbytes += got
+            if control is not None:
+                control.moved_nbytes += got
             if not got:
                 connection.frame_left_nbytes = frame_end - at
                 return False
-            job.moved(at, got)
-            at += got
-            if got < nbytes:
-                job.check()  # it drips
-        if at == end:
-            job.is_asked = False
-            connection.is_reusable = True
-            return True
-        job.check()
-        frame_nbytes = connection.next_frame(op, end - at)
+            if at == end:
+                job.is_asked = False
+                connection.is_reusable = True
+                return True
+            if connection.hung_up or now_s() >= deadline_s:
+                job.check()
+        frame_nbytes = next_frame(op, end - at)
         if not frame_nbytes:
             return False
 
