@@ -401,3 +401,24 @@ def test_descriptor_with_wrong_ranges_is_refused(pair: Pair, extra: bytes) -> No
     descriptor = pair.owner.describe(pair.owned)
     with pytest.raises(BadDescriptor):
         pair.attach(dataclasses.replace(descriptor, extra=extra), None)
+
+
+def test_place_that_is_given_anew_is_not_the_old_grant(pair: Pair) -> None:
+    descriptor, remote = pair.linked()
+    pair.owner.revoke(descriptor)
+    _, again = pair.linked()
+    with pytest.raises(GrantRefused):
+        pair.pull(remote)
+    pair.pull(again)
+
+
+def test_peer_is_heard_for_so_many_packets_in_one_go(pair: Pair) -> None:
+    descriptor, end = raw_peer(pair)
+    link = pair.owner._links._links[descriptor.capability]
+    pair.owner._watcher.remove(link.end.fileno())
+    with end:
+        end.send(b"H")
+        for _ in range(2 * MAX_PACKETS_A_TURN):
+            end.send(NOTE.pack(b"N", 0, 1))
+        pair.owner._links._receive(link)
+        assert len(pair.heard) == MAX_PACKETS_A_TURN - 1
