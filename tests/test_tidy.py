@@ -56,6 +56,8 @@ PURE = (
     "transport/routes.py",
     "transport/stripes.py",
     "transport/topology.py",
+    "transport/traffic.py",
+    "transport/words.py",
 )
 # Paths of one machine, and addresses of package indexes, have no place in a file that travels. The
 # one address allowed is where PyTorch publishes its CPU wheels, an option for users.

@@ -16,10 +16,10 @@ from typing import NamedTuple, Protocol
 
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import TransferCancelled
-from snowskin.transport.grants import MAX_NOTE_NBYTES, Completion, Range
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.runs import Run
 from snowskin.transport.traffic import TrafficClass
+from snowskin.transport.words import MAX_NOTE_NBYTES, Completion, Range
 
 __all__ = [
     "MAX_NOTE_NBYTES",

@@ -26,13 +26,13 @@ from snowskin.transport.errors import (
     TransportError,
     TransportUnavailable,
 )
-from snowskin.transport.grants import Completion
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.memory_kind import MemoryKind
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
 from snowskin.transport.pages import Population
 from snowskin.transport.runs import Run, check_bounds, joined, pieces
 from snowskin.transport.views import RegionView
+from snowskin.transport.words import Completion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,12 +79,13 @@ def move_piece(
     gate = target.gate
     gate.begin()
     try:
+        # Not by their properties: these are attached and checked, and a piece can be 4 KiB.
         if nbytes <= _SMALL_NBYTES:
-            target.view[target_offset : target_offset + nbytes] = source.view[
+            target._view[target_offset : target_offset + nbytes] = source._view[  # type: ignore[index]
                 source_offset : source_offset + nbytes
             ]
         else:  # half the price of np.copyto
-            target.buffer[target_offset : target_offset + nbytes] = source.buffer[
+            target._buffer[target_offset : target_offset + nbytes] = source._buffer[  # type: ignore[index]
                 source_offset : source_offset + nbytes
             ]
     except ValueError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from snowskin.transport.errors import BadFrame, SnowskinError
-from snowskin.transport.grants import MAX_NOTE_NBYTES
+from snowskin.transport.words import MAX_NOTE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -280,16 +280,14 @@ def decode_body(head: Head, body: bytes) -> Frame:
     kind, op, _ = head
     try:
         match kind:  # the frames of a small transfer first
-            case Kind.PULL:
-                return _decode_ask(op, body, is_push=False)
+            case Kind.PULL | Kind.PUSH:
+                return decode_ask(head, body)
             case Kind.DATA:
                 if not head.nbytes:
                     raise BadFrame("DATA without payload")
                 return Data(op=op, nbytes=head.nbytes)
             case Kind.DONE:
                 return Done(op=op, note=body)
-            case Kind.PUSH:
-                return _decode_ask(op, body, is_push=True)
             case Kind.HELLO:
                 return _decode_hello(body)
             case Kind.WELCOME:
@@ -303,6 +301,45 @@ def decode_body(head: Head, body: bytes) -> Frame:
     if kind is Kind.CLEAR:
         return Clear(op=op)
     return Ping(op=op) if kind is Kind.PING else Pong(op=op)
+
+
+def decode_ask(head: Head, body: bytes) -> Ask:
+    """The PULL or PUSH of a head and its whole body.
+
+    Raises:
+        BadFrame: the body is not exactly what the head's kind says.
+    """
+    kind, op, _ = head
+    is_push = kind is Kind.PUSH
+    try:
+        capability, epoch, generation, timeout_ms, traffic, flags, note_nbytes, num_ranges = (
+            _ASK.unpack_from(body)
+        )
+    except struct.error:
+        raise BadFrame(f"{kind.name} of {len(body)} bytes is too short") from None
+    if note_nbytes > MAX_NOTE_NBYTES or not 1 <= num_ranges <= MAX_RANGES:
+        raise BadFrame(f"{kind.name} with a note of {note_nbytes} bytes and {num_ranges} ranges")
+    if len(body) != _ASK.size + note_nbytes + num_ranges * _RANGE.size:
+        raise BadFrame(f"{kind.name} of {len(body)} bytes declares {num_ranges} ranges")
+    if not op or flags > 1 or traffic > 2 or not 1 <= timeout_ms <= MAX_TIMEOUT_MS:
+        raise BadFrame(
+            f"{kind.name} with op {op}, flags {flags:#x}, class {traffic}, {timeout_ms} ms to live"
+        )
+    if note_nbytes and not is_push:
+        raise BadFrame("PULL with a note: it comes with DONE")
+    first = _ASK.size + note_nbytes
+    return Ask(
+        is_push,
+        op,
+        capability,
+        epoch,
+        generation,
+        timeout_ms,
+        traffic,
+        flags == 1,
+        body[_ASK.size : first],
+        tuple(_RANGE.iter_unpack(body[first:])),
+    )
 
 
 def named_grant(body: bytes | bytearray | memoryview) -> tuple[bytes, int, int]:
@@ -428,36 +465,6 @@ def _decode_welcome(body: bytes) -> Welcome:
         max_data_nbytes=max_data_nbytes,
         idle_timeout_ms=idle_timeout_ms,
         ack_timeout_ms=ack_timeout_ms,
-    )
-
-
-def _decode_ask(op: int, body: bytes, *, is_push: bool) -> Ask:
-    capability, epoch, generation, timeout_ms, traffic, flags, note_nbytes, num_ranges = (
-        _ASK.unpack_from(body)
-    )
-    kind = "PUSH" if is_push else "PULL"
-    if note_nbytes > MAX_NOTE_NBYTES or not 1 <= num_ranges <= MAX_RANGES:
-        raise BadFrame(f"{kind} with a note of {note_nbytes} bytes and {num_ranges} ranges")
-    if len(body) != _ASK.size + note_nbytes + num_ranges * _RANGE.size:
-        raise BadFrame(f"{kind} of {len(body)} bytes declares {num_ranges} ranges")
-    if not op or flags > 1 or traffic > 2 or not 1 <= timeout_ms <= MAX_TIMEOUT_MS:
-        raise BadFrame(
-            f"{kind} with op {op}, flags {flags:#x}, class {traffic}, {timeout_ms} ms to live"
-        )
-    if note_nbytes and not is_push:
-        raise BadFrame("PULL with a note: it comes with DONE")
-    first = _ASK.size + note_nbytes
-    return Ask(
-        is_push,
-        op,
-        capability,
-        epoch,
-        generation,
-        timeout_ms,
-        traffic,
-        flags == 1,
-        body[_ASK.size : first],
-        tuple(_RANGE.iter_unpack(body[first:])),
     )
 
 

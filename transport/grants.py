@@ -15,8 +15,7 @@ import hmac
 import math
 import operator
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from snowskin.transport.errors import (
     GrantRefused,
@@ -26,39 +25,16 @@ from snowskin.transport.errors import (
     TransportClosed,
 )
 from snowskin.transport.memory import LandingGate
+from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.memory import MemoryRegion
+    from snowskin.transport.words import Completion
 
-MAX_NOTE_NBYTES = 256
 _NBYTES = operator.itemgetter(1)
-
-
-class Range(NamedTuple):
-    """One contiguous part of a region."""
-
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What a peer says when a transfer of its own is complete.
-
-    Attributes:
-        capability: of the grant that was used.
-        nbytes: how much it moved.
-        is_push: whether the peer wrote.
-        note: what the peer wanted to add, at most 256 bytes.
-    """
-
-    capability: bytes
-    nbytes: int
-    is_push: bool
-    note: bytes
 
 
 class GrantedRanges:

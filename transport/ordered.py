@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import concurrent.futures
     from collections.abc import Callable, Sequence
 
-    from snowskin.transport.grants import Completion, Range
+    from snowskin.transport.words import Completion, Range
 
 NUM_WORKERS = 4
 _SETTLE_S = 0.05
@@ -492,7 +492,10 @@ class OrderedTransport(ABC):
         if note:
             self.tell_owner(order, nbytes)
         num_runs = len(runs) if len(runs) < 2 else len(joined(runs))
-        self.count_moved(is_pull, traffic, nbytes)
+        with self._lock:  # as `count_moved`, without the call
+            moved = self._moved[is_pull][traffic]
+            moved[0] += 1
+            moved[1] += nbytes
         return _new(TransferReport, (nbytes, num_runs, ended_s - started_s))
 
     def count_moved(self, is_pull: bool, traffic: TrafficClass, nbytes: int) -> None:

@@ -31,18 +31,19 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.fd_watcher import FdWatcher
-from snowskin.transport.grants import GrantedRanges, Range
+from snowskin.transport.grants import GrantedRanges
 from snowskin.transport.mapping import Mappings
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.memory_kind import MemoryKind
 from snowskin.transport.shm_link import OwnerLinks, PeerEnd
+from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from snowskin.transport.api import TransportStatistics
     from snowskin.transport.descriptor import RegionDescriptor
-    from snowskin.transport.grants import Completion
+    from snowskin.transport.words import Completion
 
 MAX_NUM_RANGES = 4000  # what a region descriptor has room for
 

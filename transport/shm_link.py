@@ -38,7 +38,7 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.grant_board import GrantBoards, SeenGrant
-from snowskin.transport.grants import MAX_NOTE_NBYTES, Completion
+from snowskin.transport.words import MAX_NOTE_NBYTES, Completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable

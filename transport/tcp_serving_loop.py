@@ -32,16 +32,19 @@ from snowskin.transport.tcp_serving import Phase
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from snowskin.transport.grants import Completion, Grant
+    from snowskin.transport.grants import Grant
     from snowskin.transport.tcp_admission import Admission
     from snowskin.transport.tcp_serving import ServedConnection
     from snowskin.transport.tcp_streams import Stream
+    from snowskin.transport.words import Completion
 
 HEARD_NBYTES = 128 << 10  # more than the longest frame that is no DATA
 TURN_NBYTES = 1 << 20  # what moves between two looks at who has something to say
 PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
 SMALL_NBYTES = 64 << 10  # what such a transfer moves goes at once, whatever waits
 MAX_EVENTS = 256
+_SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see tcp_serving.py
+_LEAVING, _OVER = Phase.LEAVING, Phase.OVER
 PAUSE_S = 0.05  # after a failure of the loop itself
 
 _IN = select.EPOLLIN
@@ -296,12 +299,12 @@ class ServingLoop:
         served = link.served
         if events & _OUT:
             link.blocked = False
-        if served.phase is Phase.RECEIVING and not served.out:
+        if served.phase is _RECEIVING and not served.out:
             self._turns.add(link)
             return 0
         if events & ~_OUT:
             self._hear(link)
-            if served.phase is Phase.SENDING and not (served.out or served.news):
+            if served.phase is _SENDING and not (served.out or served.news):
                 transfer = served.transfer
                 assert transfer is not None, "in this phase there is one"
                 if transfer.nbytes <= SMALL_NBYTES or not self._turns:
@@ -328,8 +331,8 @@ class ServingLoop:
         """Moves one piece of a transfer; its bytes."""
         served = link.served
         transfer = served.transfer
-        is_sending = served.phase is Phase.SENDING
-        if transfer is None or link.blocked or not (is_sending or served.phase is Phase.RECEIVING):
+        is_sending = served.phase is _SENDING
+        if transfer is None or link.blocked or not (is_sending or served.phase is _RECEIVING):
             return 0
         now_s = self._now_s()
         if now_s >= transfer.deadline_s:
@@ -377,16 +380,16 @@ class ServingLoop:
             self._tell(link, *served.news.pop(0))
         if served.out and not link.blocked:
             self._say(link)
-        if served.phase is Phase.OVER:
+        if served.phase is _OVER:
             self._close(link)
             return 0
-        if served.phase is Phase.LEAVING and not (served.out or link.shut):
+        if served.phase is _LEAVING and not (served.out or link.shut):
             link.shut = True
             link.stream.shutdown(socket.SHUT_WR)
         if served.num_served and not link.proven:
             link.proven = True
             self._admission.prove(link)
-        if served.phase is Phase.SENDING and not link.blocked:
+        if served.phase is _SENDING and not link.blocked:
             self._turns.add(link)
         mask = _OUT if served.out else _IN | _OUT if link.blocked else _IN
         if mask != link.mask:

@@ -31,7 +31,6 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.frames import MAX_RANGES, MAX_TIMEOUT_MS, Ask
-from snowskin.transport.grants import Range
 from snowskin.transport.memory_kind import HOST_KINDS, MemoryKind
 from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
 from snowskin.transport.runs import joined, pieces
@@ -49,16 +48,17 @@ from snowskin.transport.ucx_settings import (
     is_hardware,
 )
 from snowskin.transport.ucx_wire import ONE_SIDED, WINDOW_NBYTES, MessageHead, Reach
+from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from snowskin.transport.api import TransportStatistics
     from snowskin.transport.descriptor import RegionDescriptor
-    from snowskin.transport.grants import Completion
     from snowskin.transport.memory import Bytes, MemoryRegion
     from snowskin.transport.runs import Run
     from snowskin.transport.ucp.api import Reply
+    from snowskin.transport.words import Completion
 
 NUM_WORKERS = 16  # threads that wait for peers
 _SMALL_NBYTES = 16 * 1024  # up to here a memoryview is faster than numpy, which releases the GIL

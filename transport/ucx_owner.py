@@ -37,7 +37,6 @@ from snowskin.transport.frames import (
     Welcome,
     fail_of,
 )
-from snowskin.transport.grants import Completion
 from snowskin.transport.memory_kind import HOST_KINDS
 from snowskin.transport.ucp.api import Span, UcpFailure
 from snowskin.transport.ucx_conversation import Arrivals, Conversation, Cursor, FairQueue
@@ -54,6 +53,7 @@ from snowskin.transport.ucx_wire import (
     decode_frame,
     encode_frame,
 )
+from snowskin.transport.words import Completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable

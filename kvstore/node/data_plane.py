@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from snowskin.kvstore.messages import GrantedRegion
 from snowskin.transport.errors import GrantRefused, TransportUnavailable
-from snowskin.transport.grants import Range
+from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -18,7 +18,7 @@ from snowskin.tools.bench.transfer.end import shared_memory
 from snowskin.transport.runs import Run
 
 NBYTES = 3 << 20
-CASES = {
+CASES: dict[str, tuple[str, dict[str, str | int | bool]]] = {
     "memcpy": ("memcpy", {}),
     "sockets": ("sockets", {}),
     "sockets unpaced": ("sockets", {"congestion": "reno"}),

@@ -27,7 +27,7 @@ from snowskin.transport.frames import (
     Welcome,
     encode,
 )
-from snowskin.transport.grants import GrantTable, Range
+from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import AttachedRegion, Order
 from snowskin.transport.paths import Path
@@ -35,6 +35,7 @@ from snowskin.transport.tcp_connection import Connection
 from snowskin.transport.tcp_reader import Job, pull, push
 from snowskin.transport.tcp_serving import Phase, ServedConnection
 from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -35,7 +35,8 @@ from snowskin.transport.frames import (
     Welcome,
     encode,
 )
-from snowskin.transport.grants import GrantedRanges, Range
+from snowskin.transport.grants import GrantedRanges
+from snowskin.transport.words import Range
 from tests.fuzz import conversations, ucx_conversations
 
 if TYPE_CHECKING:

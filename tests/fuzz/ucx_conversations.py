@@ -28,7 +28,7 @@ from snowskin.transport.frames import (
     Welcome,
     encode,
 )
-from snowskin.transport.grants import GrantTable, Range
+from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import Order
 from snowskin.transport.ucp.api import Span
@@ -46,6 +46,7 @@ from snowskin.transport.ucx_wire import (
     Slice,
     decode_frame,
 )
+from snowskin.transport.words import Range
 from tests.fuzz.conversations import (
     CANARY,
     CAPABILITIES,

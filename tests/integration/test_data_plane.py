@@ -365,7 +365,7 @@ async def test_room_that_was_given_to_another_is_not_written_by_whom_it_was_take
         second = await waiting
         assert place(first) == place(second)
         with pytest.raises(GrantRefused):
-            holder.push(first.lease, *place(first)[:1], BLOCK)
+            holder.push(first.lease, place(first)[0], BLOCK)
         assert (node.shell.arenas[0].buffer == CANARY).all()
         holder.push(second.lease, place(second)[0], BLOCK)
 

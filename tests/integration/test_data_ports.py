@@ -6,6 +6,7 @@ import asyncio
 import functools
 import socket
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_a_taken_port_and_missing_files_end_the_start():
         port = taken.getsockname()[1]
         with pytest.raises(AddressInUse, match="--data-port"):
             open_transports(NodeSettings(data_port=port), epoch=1)
-    missing = {
+    missing: dict[str, Any] = {
         f"data_tls_{what}": f"/nowhere/{what}" for what in ("certificate", "key", "authority")
     }
     with pytest.raises(TransportUnavailable, match="/nowhere"):

@@ -23,7 +23,7 @@ from snowskin.transport.frames import (
     Welcome,
     encode,
 )
-from snowskin.transport.grants import MAX_NOTE_NBYTES, Range
+from snowskin.transport.words import MAX_NOTE_NBYTES, Range
 
 U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
 OP = st.integers(1, (1 << 32) - 1)

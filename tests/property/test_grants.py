@@ -7,7 +7,8 @@ import itertools
 import hypothesis.strategies as st
 from hypothesis import given
 
-from snowskin.transport.grants import GrantedRanges, Range
+from snowskin.transport.grants import GrantedRanges
+from snowskin.transport.words import Range
 
 REGION_NBYTES = 40
 

@@ -34,7 +34,7 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
 )
-from snowskin.transport.grants import Range
+from snowskin.transport.words import Range
 
 PATH = Path(__file__).resolve().parent.parent / "vectors" / "data_plane.json"
 

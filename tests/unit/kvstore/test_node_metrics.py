@@ -63,7 +63,7 @@ def shown(stat=STAT):
         lambda: stat,
         door=door,
         watchers=Watchers(),
-        slow_path=SlowPath(),  # type: ignore[arg-type]
+        slow_path=SlowPath(),
     )
     return {
         (sample.name.removeprefix("snowskin_node_"), *sample.labels.values()): sample.value

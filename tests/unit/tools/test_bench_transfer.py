@@ -7,6 +7,7 @@ import itertools
 import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -136,7 +137,7 @@ def test_push_holds_its_memory_through_the_whole_prefill_and_pull_does_not():
 
 def test_the_packages_of_this_python_are_found():
     assert peers.package_folders(None) == ()
-    assert any("site-packages" in folder for folder in peers.package_folders(sys.executable))
+    assert any("site-packages" in folder for folder in peers.package_folders(Path(sys.executable)))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,9 @@ class Reader:
                 begin()(0, runs[0].nbytes // 2)
 
         return pull
+
+    def close(self):
+        pass
 
 
 def copy(source, target):

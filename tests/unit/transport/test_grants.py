@@ -15,8 +15,9 @@ from snowskin.transport.errors import (
     RegionReadOnly,
     TransportClosed,
 )
-from snowskin.transport.grants import GrantTable, Range
+from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
+from snowskin.transport.words import Range
 
 CAPABILITY = b"c" * 16
 PATIENCE_S = 5.0

@@ -12,7 +12,7 @@ import pytest
 from snowskin.transport.api import RegionDescriptor, TrafficClass
 from snowskin.transport.errors import GrantRefused, PeerLost
 from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welcome, encode
-from snowskin.transport.grants import Completion, GrantTable, Range
+from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import Order
 from snowskin.transport.ucp.api import UcpFailure
@@ -29,6 +29,7 @@ from snowskin.transport.ucx_wire import (
     Reach,
     decode_frame,
 )
+from snowskin.transport.words import Completion, Range
 from tests.fuzz.conversations import CAPABILITIES, WANTED, Ledger
 from tests.fuzz.ucx_conversations import (
     HELLO,
