@@ -43,7 +43,7 @@ from snowskin.transport.errors import (
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import MemoryRegion, Quarantine, region_of
 from snowskin.transport.memory_kind import HOST_KINDS
-from snowskin.transport.runs import Run, check_bounds, joined
+from snowskin.transport.runs import Run, check_bounds, joined, num_joined
 from snowskin.transport.workers import PriorityWorkers
 
 if TYPE_CHECKING:
@@ -491,7 +491,7 @@ class OrderedTransport(ABC):
             )
         if note:
             self.tell_owner(order, nbytes)
-        num_runs = len(runs) if len(runs) < 2 else len(joined(runs))
+        num_runs = len(runs) if len(runs) < 2 else num_joined(runs)
         with self._lock:  # as `count_moved`, without the call
             moved = self._moved[is_pull][traffic]
             moved[0] += 1

@@ -45,21 +45,31 @@ def check_bounds(runs: Sequence[Run], *, remote_nbytes: int, local_nbytes: int) 
 def joined(runs: Sequence[Run]) -> list[Run]:
     """The same bytes in the same order, with runs that continue each other on both sides as one."""
     result: list[Run] = []
-    remote_start = local_start = nbytes = 0
-    for remote_offset, local_offset, run_nbytes in runs:
-        if (
-            nbytes
-            and remote_offset == remote_start + nbytes
-            and local_offset == local_start + nbytes
-        ):
+    first: Run | None = None  # of those that continue each other, `nbytes` in all
+    nbytes = 0
+    remote_end = local_end = -1
+    for run in runs:
+        remote_offset, local_offset, run_nbytes = run
+        if remote_offset == remote_end and local_offset == local_end:
             nbytes += run_nbytes
-            continue
-        if nbytes:
-            result.append(Run(remote_start, local_start, nbytes))
-        remote_start, local_start, nbytes = remote_offset, local_offset, run_nbytes
-    if nbytes:
-        result.append(Run(remote_start, local_start, nbytes))
+        else:
+            if first is not None:
+                result.append(first if first[2] == nbytes else Run(first[0], first[1], nbytes))
+            first, nbytes = run, run_nbytes
+        remote_end, local_end = remote_offset + run_nbytes, local_offset + run_nbytes
+    if first is not None:
+        result.append(first if first[2] == nbytes else Run(first[0], first[1], nbytes))
     return result
+
+
+def num_joined(runs: Sequence[Run]) -> int:
+    """How many `joined` makes of them."""
+    num = 0
+    remote_end = local_end = -1
+    for remote_offset, local_offset, nbytes in runs:
+        num += remote_offset != remote_end or local_offset != local_end
+        remote_end, local_end = remote_offset + nbytes, local_offset + nbytes
+    return num
 
 
 def pieces(runs: Sequence[Run], piece_nbytes: int) -> Iterable[Run]:

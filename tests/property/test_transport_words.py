@@ -10,7 +10,7 @@ from hypothesis import example, given
 
 from snowskin.transport.descriptor import MAX_DESCRIPTOR_NBYTES, RegionDescriptor, new_capability
 from snowskin.transport.errors import BadDescriptor
-from snowskin.transport.runs import Run, joined, pieces
+from snowskin.transport.runs import Run, joined, num_joined, pieces
 
 uint64s = st.integers(0, 2**64 - 1)
 descriptors = st.builds(
@@ -105,6 +105,7 @@ def test_joined_and_cut_runs_name_the_same_bytes_in_order(
         ]
 
     assert byte_pairs(joined(runs)) == byte_pairs(runs)
+    assert num_joined(runs) == len(joined(runs))
     cut = list(pieces(runs, piece_nbytes))
     assert byte_pairs(cut) == byte_pairs(runs)
     assert all(1 <= piece.nbytes <= piece_nbytes for piece in cut)
