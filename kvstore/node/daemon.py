@@ -27,7 +27,7 @@ from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
 from snowskin.kvstore.node.watching import WatchLimits
 from snowskin.kvstore.owned_folder import OwnedFolder
-from snowskin.kvstore.pool.arena import Arena
+from snowskin.kvstore.pool.arena import Arena, HugePages
 from snowskin.kvstore.pool.pool import Pool
 from snowskin.kvstore.role import Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
@@ -37,7 +37,7 @@ from snowskin.kvstore.transport_metrics import TransportMetrics
 from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from snowskin.transport.api import Transport
 
@@ -57,6 +57,9 @@ class NodeSettings(DataPlaneSettings):
         "", help="Path of the local door's socket; a private temporary path if empty."
     )
     dram_nbytes: int = setting(1 << 30, help="Size of the DRAM pool.")
+    huge_pages: HugePages = setting(
+        "auto", help="Huge pages under the pool: where they can be had, never, or nothing else."
+    )
     eviction: str = setting("lru", help="Who goes first when the pool is full.")
     read_lease_s: float = setting(10.0, help="Life of a read lease.")
     write_lease_s: float = setting(30.0, help="Life of a write lease, and of an unread tail.")
@@ -119,7 +122,12 @@ def make_shell(
     settings: NodeSettings, transports: Sequence[Transport] = (), *, epoch: int | None = None
 ) -> NodeShell:
     """A node's state with its memory, no doors yet; the caller closes it, and with it the data plane's `transports`."""
-    arena = Arena(settings.dram_nbytes, name="dram", tenant=DEFAULT_TENANT)
+    arena = Arena(
+        settings.dram_nbytes,
+        name="dram",
+        tenant=DEFAULT_TENANT,
+        huge_pages=settings.huge_pages,
+    )
     pool = Pool(0, arena.nbytes, tenant=DEFAULT_TENANT)
     state = NodeState(
         node_id=settings.node_id or socket.gethostname(),
@@ -140,6 +148,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             stack.callback(transport.close)
         shell = make_shell(settings, transports, epoch=epoch)
         stack.callback(shell.close)
+        log.info("memory taken", nbytes=settings.dram_nbytes, **_words(shell.pages()))
         metrics = Metrics(ROLE)
         tracer = stack.enter_context(
             tracer_of(settings, role=ROLE, instance_id=shell.state.node_id)
@@ -153,7 +162,9 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             shell.state.door = f"unix:{path}"
         service = StoreService(shell, settings.watch_limits())
         stack.callback(service.close)
-        reach = NodeReach.of_node(settings, transports, shell.data_plane.statistics)
+        reach = NodeReach.of_node(
+            settings, transports, shell.data_plane.statistics, pages=shell.pages
+        )
         admin = NodeAdminService(shell, reach)
         server = await stack.enter_async_context(
             serving(
@@ -210,6 +221,11 @@ async def _drain(shell: NodeShell, drain_s: float) -> None:
         await asyncio.sleep(DRAIN_LOOK_S)
     stat = shell.state.stat()
     log.info("drained", read_leases=stat.num_read_leases, write_leases=stat.num_write_leases)
+
+
+def _words(facts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Facts as fields of a log line."""
+    return {name.replace(" ", "_"): value for name, value in facts}
 
 
 def _private_path(stack: AsyncExitStack) -> Path:

@@ -7,7 +7,7 @@ not work is shown with the reason, and is not advertised.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.admin_messages import ListedTransport, TransportsReport
@@ -32,6 +32,10 @@ def _nothing_open() -> Mapping[str, TransportStatistics]:
     return {}
 
 
+def _no_pools() -> tuple[tuple[str, str], ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeReach:
     """What a node knows of its own transports.
@@ -42,6 +46,7 @@ class NodeReach:
         bound: addresses by scheme.
         advertisement: what its peers are told.
         statistics: of the transports that are open, by scheme, as of now.
+        pages: on what pages the pools lie, as of now.
     """
 
     probes: Mapping[str, TransportProbe] = field(default_factory=dict)
@@ -49,6 +54,7 @@ class NodeReach:
     bound: Mapping[str, Sequence[Address]] = field(default_factory=dict)
     advertisement: Advertisement = field(default_factory=Advertisement)
     statistics: Callable[[], Mapping[str, TransportStatistics]] = _nothing_open
+    pages: Callable[[], tuple[tuple[str, str], ...]] = _no_pools
 
     @classmethod
     def tried(
@@ -59,6 +65,7 @@ class NodeReach:
         told: Sequence[Address] = (),
         extras: Mapping[str, bytes] | None = None,
         statistics: Callable[[], Mapping[str, TransportStatistics]] = _nothing_open,
+        pages: Callable[[], tuple[tuple[str, str], ...]] = _no_pools,
     ) -> NodeReach:
         """Tries these schemes here; some milliseconds, with `ucx` up to a second.
 
@@ -68,6 +75,7 @@ class NodeReach:
             told: where the operator says that tcp is reached; empty: as bound.
             extras: by scheme, what the transport itself tells its peers.
             statistics: of the transports that are open.
+            pages: on what pages the pools lie.
         """
         facts = read_host()
         probes = probe_transports({*schemes, GRPC}, facts, bound=bound)
@@ -79,6 +87,7 @@ class NodeReach:
             bound={TCP: tuple(bound)} if TCP in schemes else {},
             advertisement=advertise(reached, addresses=addresses, extras=extras),
             statistics=statistics,
+            pages=pages,
         )
 
     @classmethod
@@ -87,6 +96,7 @@ class NodeReach:
         settings: DataPlaneSettings,
         opened: Sequence[Transport],
         statistics: Callable[[], Mapping[str, TransportStatistics]],
+        pages: Callable[[], tuple[tuple[str, str], ...]] = _no_pools,
     ) -> NodeReach:
         """As `tried`, of a node whose data plane listens already."""
         found = [
@@ -96,7 +106,9 @@ class NodeReach:
         ]
         told = found[0] if found else ()
         bound = [Address(settings.data_address, settings.data_port or told[0].port)] if told else []
-        return cls.tried(settings.transports, bound=bound, told=told, statistics=statistics)
+        return cls.tried(
+            settings.transports, bound=bound, told=told, statistics=statistics, pages=pages
+        )
 
     def report(self, *, door: str) -> TransportsReport:
         """For an operator; `door` is the local door's address, or empty."""
@@ -104,7 +116,7 @@ class NodeReach:
         return TransportsReport(
             transports=tuple(
                 ListedTransport(
-                    probe=probe,
+                    probe=self._with_pages(probe) if scheme == SHM else probe,
                     bound=self._bound(scheme, door),
                     advertised=self._advertised(scheme),
                     is_open=scheme in counted or (scheme == SHM and bool(door)),
@@ -116,6 +128,9 @@ class NodeReach:
             host=self.facts,
             door=door,
         )
+
+    def _with_pages(self, probe: TransportProbe) -> TransportProbe:
+        return replace(probe, facts=(*probe.facts, *self.pages()))
 
     def _bound(self, scheme: str, door: str) -> tuple[str, ...]:
         if scheme == SHM and door:

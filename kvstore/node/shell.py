@@ -223,6 +223,13 @@ class NodeShell:
             ),
         )
 
+    def pages(self) -> tuple[tuple[str, str], ...]:
+        """On what pages each pool lies, for people."""
+        return tuple(
+            (f"pages of pool {pool_id}", str(arena.page_use() or "not known"))
+            for pool_id, arena in self.arenas.items()
+        )
+
     def close(self) -> None:
         """Stops the timer and frees the memory; idempotent."""
         if self._timer is not None:

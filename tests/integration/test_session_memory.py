@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from snowskin.kvstore.node.reach import NodeReach
+from snowskin.transport.choice import TransportProbe
 from snowskin.transport.descriptor import RegionDescriptor
 from tests.support.served_node import ServedNode
 
@@ -26,3 +28,16 @@ async def test_a_sessions_grants_say_what_it_may_and_end_with_it(may_write):
         assert shell._transport.statistics().num_grants == 0
     finally:
         shell.close()
+
+
+async def test_an_operator_sees_on_what_pages_the_pools_lie():
+    node = ServedNode(huge_pages="never", dram_nbytes=4 << 20)
+    try:
+        small = ("pages of pool 0", "pages of 4 KiB")
+        assert node.shell.pages() == (small,)
+        probe = TransportProbe(scheme="shm", available=True, reason="a memfd was made")
+        reach = NodeReach(probes={"shm": probe}, pages=node.shell.pages)
+        (shown,) = reach.report(door="").transports
+        assert shown.probe.facts == (small,)
+    finally:
+        node.shell.close()
