@@ -138,10 +138,10 @@ class Cursor:
     def advance(self, nbytes: int) -> None:
         """So many bytes have moved."""
         self.left -= nbytes
+        if not self.left:
+            return
         nbytes += self._skip
-        while self._index < len(self._ranges) and nbytes >= (
-            range_nbytes := self._ranges[self._index][1]
-        ):
+        while nbytes >= (range_nbytes := self._ranges[self._index][1]):
             nbytes -= range_nbytes
             self._index += 1
         self._skip = nbytes
@@ -553,7 +553,7 @@ class ServedConnection:
             self._ledger.count_served_failed()
 
     def _leave_with(self, fail: Fail, now_s: float) -> None:
-        _log.info(
+        _log.debug(  # whoever connects can cause it, as often as it likes; it is counted
             "connection ends",
             extra={"peer": self.peer, "reader": self._name, "reason": fail.reason},
         )

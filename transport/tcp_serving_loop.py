@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from snowskin.transport.words import Completion
 
 HEARD_NBYTES = 128 << 10  # more than the longest frame that is no DATA
-TURN_NBYTES = 1 << 20  # what moves between two looks at who has something to say
+TURN_NBYTES = 2 << 20  # what moves between two looks at who has something to say
 PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
 SMALL_NBYTES = 64 << 10  # what such a transfer moves goes at once, whatever waits
 MAX_EVENTS = 256
 _SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see tcp_serving.py
 _LEAVING, _OVER = Phase.LEAVING, Phase.OVER
+CLOSE_S = 10.0
 PAUSE_S = 0.05  # after a failure of the loop itself
 
 _IN = select.EPOLLIN
@@ -191,7 +192,9 @@ class ServingLoop:
             return
         self.call(lambda: None)
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                _log.error("a serving thread does not end: an on_done holds it")
 
     # From here on: on the loop's thread only (or before it was started).
 

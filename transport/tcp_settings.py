@@ -102,7 +102,7 @@ class TcpSettings:
         max_idle_connections_to_peer: kept open for the next transfers.
         max_idle_s: after so long without a transfer a connection is closed.
         max_nbytes_in_flight: asked of one owner at once.
-        spin_s: how long a thread that waits for bytes looks again before it sleeps; 0 = not at all.
+        spin_s: how long a thread that waits for a short answer looks again before it sleeps; in bulk less.
     """
 
     listen: tuple[Address, ...] = ()
@@ -112,7 +112,7 @@ class TcpSettings:
     max_connections: int = 1024
     max_connections_per_peer: int = 256
     num_serving_threads: int = 1
-    chunk_nbytes: int = 1 << 20
+    chunk_nbytes: int = 2 << 20
     max_ranges: int = MAX_RANGES
     hello_timeout_s: float = 2.0
     idle_timeout_s: float = 5.0
