@@ -29,14 +29,13 @@ IMPATIENT: dict[str, Any] = {"hello_timeout_s": 0.5, "frame_timeout_s": 0.5, "id
 LEAVES_S = 0.8 + 1.0  # what a peer is given to hear why
 GRACE_S = 0.5  # how much later than it should a busy machine may be
 SETTLE_S = 5.0
-# Who is stopped costs its peer a time-out: one stage each way by day, all of them by night.
-STOPPED = [
-    pytest.param(
-        is_push, stage, "stopped", marks=[] if stage == "in the middle" else pytest.mark.soak
-    )
-    for is_push, stages_ in ((False, PULL_STAGES), (True, PUSH_STAGES))
-    for stage in stages_
-]
+
+
+def by_night(way_and_stage):
+    """Marks for what costs a time-out: one stage each way by day, all of them by night."""
+    return [] if way_and_stage[1] == "in the middle" else pytest.mark.soak
+
+
 EVERY_STAGE = [(False, stage) for stage in PULL_STAGES[:3]] + [(True, s) for s in PUSH_STAGES]
 
 
@@ -128,8 +127,13 @@ def test_a_killed_owner_is_noticed_within_a_second(owned, landing, at_stage, is_
                 )
 
 
-@pytest.mark.parametrize("how", ["stopped", "cut off"])
-@pytest.mark.parametrize(("is_push", "stage"), EVERY_STAGE)
+@pytest.mark.parametrize(
+    ("is_push", "stage", "how"),
+    [
+        *((is_push, stage, "stopped") for is_push, stage in EVERY_STAGE),
+        *(pytest.param(*each, "cut off", marks=by_night(each)) for each in EVERY_STAGE),
+    ],
+)
 def test_a_silent_owner_costs_the_deadline_and_is_reached_again(
     owned, landing, lasting_owner, at_stage, is_push, stage, how
 ):
@@ -262,7 +266,8 @@ def test_idle_peers_that_were_killed_stopped_or_cut_off_are_noticed(
     [
         *((is_push, stage, "killed") for is_push, stage in EVERY_STAGE),
         (False, "before the notice", "killed"),
-        *STOPPED,
+        *(pytest.param(*each, "stopped", marks=by_night(each)) for each in EVERY_STAGE),
+        pytest.param(False, "before the notice", "stopped", marks=pytest.mark.soak),
     ],
 )
 def test_a_reader_that_dies_or_stops_leaves_nothing_with_the_owner(
