@@ -6,12 +6,14 @@ The number in a test's name is the law's.
 from __future__ import annotations
 
 import asyncio
+import mmap
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
 from snowskin.transport.api import Run, TrafficClass
@@ -26,6 +28,8 @@ from snowskin.transport.errors import (
 from tests.support.transport_rigs import FAR_S, LARGE_NBYTES, NBYTES, Rig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from snowskin.transport.memory import MemoryRegion
 
 
@@ -36,6 +40,27 @@ def test_1_registered_memory_is_the_callers_own(rig: Rig) -> None:
     rig.owned.buffer[0] ^= 255
     rig.reader.pull(remote, rig.local, [Run(0, 1, 1)], deadline_s=FAR_S)
     assert rig.target[1] == rig.owned.buffer[0]
+
+
+LANDINGS: dict[str, Callable[[], object]] = {
+    "numpy": lambda: np.zeros((64, 32), dtype=np.float16),
+    "tensor": lambda: torch.zeros((64, 32), dtype=torch.bfloat16),
+    "part of a tensor": lambda: torch.zeros((3, 64, 32), dtype=torch.float16)[1],
+    "mmap": lambda: mmap.mmap(-1, 4096),
+    "bytearray": lambda: bytearray(4096),
+}
+
+
+@pytest.mark.parametrize("kind", LANDINGS)
+def test_1_lands_in_and_leaves_from_memory_of_any_kind(rig: Rig, kind: str) -> None:
+    remote = rig.attach()
+    memory = LANDINGS[kind]()
+    with rig.reader.register(memory) as local:
+        rig.reader.pull(remote, local, [Run(100, 0, 4096)], deadline_s=FAR_S)
+        plain = memory.view(torch.int8).numpy() if isinstance(memory, torch.Tensor) else memory
+        assert bytes(memoryview(plain).cast("B")) == rig.owned.buffer[100:4196].tobytes()  # type: ignore[arg-type]
+        rig.reader.push(local, remote, [Run(8192, 0, 4096)], deadline_s=FAR_S)
+        assert np.array_equal(rig.owned.buffer[8192:12288], rig.owned.buffer[100:4196])
 
 
 runs_strategy = st.lists(
