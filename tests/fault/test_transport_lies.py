@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from snowskin.transport.api import Run
+from snowskin.transport.addresses import Address, Reachability
+from snowskin.transport.api import RegionDescriptor, Run
 from snowskin.transport.errors import (
     BadFrame,
     GrantRefused,
@@ -228,6 +231,25 @@ def test_an_owner_that_pings_for_ever_holds_nobody(reader, landing):
 
     with RawOwner(serve) as owner:
         assert isinstance(moved(reader, owner, landing), (*BROKEN, TransferTimedOut))
+
+
+def test_a_name_that_nobody_resolves_costs_no_more_than_the_deadline(reader, landing, monkeypatch):
+    is_over = threading.Event()
+
+    def resolve(*_arguments, **_values):
+        is_over.wait(10 * WITHIN_S)
+        raise socket.gaierror(socket.EAI_AGAIN, "no name server answers")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    extra = Reachability(addresses=(Address("owner.example", 4711),)).to_bytes()
+    descriptor = RegionDescriptor(scheme="tcp", capability=bytes(16), nbytes=NBYTES, extra=extra)
+    with reader.register(Memfd(fd=landing.fd)) as local:
+        remote = reader.attach(descriptor)
+        began_s = time.monotonic()
+        with pytest.raises((PeerLost, TransferTimedOut), match=r"owner\.example:4711"):
+            reader.pull(remote, local, [Run(0, AT, WANTED)], deadline_s=began_s + WITHIN_S)
+        assert time.monotonic() - began_s < WITHIN_S + GRACE_S
+        is_over.set()
 
 
 def test_what_an_owner_says_to_people_is_short_and_plain(reader, landing):
