@@ -159,6 +159,7 @@ class ServingLoop:
         self._timers: list[tuple[float, int, Link | Callable[[], None]]] = []
         self._timer_number = itertools.count()
         self._heard_view = memoryview(bytearray(HEARD_NBYTES))
+        self._only_one = False  # one event came in this turn: nobody else can be more urgent
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -264,7 +265,9 @@ class ServingLoop:
             self._inbox.popleft()()
 
     def _turn(self) -> None:
-        for fd, events in self._epoll.poll(self._wait_s(), MAX_EVENTS):
+        happened = self._epoll.poll(self._wait_s(), MAX_EVENTS)
+        self._only_one = len(happened) == 1
+        for fd, events in happened:
             link = self._links.get(fd)
             if link is not None:
                 self._guarded(self._on_event, link, events)
@@ -310,7 +313,7 @@ class ServingLoop:
             if served.phase is _SENDING and not (served.out or served.news):
                 transfer = served.transfer
                 assert transfer is not None, "in this phase there is one"
-                if transfer.nbytes <= SMALL_NBYTES or not self._turns:
+                if transfer.nbytes <= SMALL_NBYTES or (self._only_one and not self._turns):
                     return self._move(link)  # over sooner than it could be put in order
         return self._settle(link)
 

@@ -1,0 +1,188 @@
+"""Whose turn it is: the lowest traffic class, round robin within it, and nobody who takes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import pytest
+
+from snowskin.transport.descriptor import RegionDescriptor
+from snowskin.transport.errors import PeerBusy
+from snowskin.transport.frames import Fail, encode
+from snowskin.transport.grants import GrantTable
+from snowskin.transport.memory import region_of
+from snowskin.transport.tcp_admission import Admission
+from snowskin.transport.tcp_serving import ServedConnection
+from snowskin.transport.tcp_serving_loop import Link, ServingLoop
+from snowskin.transport.tcp_settings import TcpSettings
+from tests.support.raw_tcp import HELLO, RawStream, ask_of
+
+CHUNK_NBYTES = 100_000
+NBYTES = 3 * CHUNK_NBYTES
+SETTINGS = TcpSettings(chunk_nbytes=CHUNK_NBYTES)
+
+
+class Ledger:
+    """Counts nothing."""
+
+    def count_served(self, nbytes):
+        pass
+
+    def count_served_failed(self):
+        pass
+
+    def count_refused(self, reason):
+        pass
+
+
+class WrittenDown:
+    """A stream that takes all payload at once, or none, and writes down whose it was."""
+
+    def __init__(self, name, near, order):
+        self.name, self.near, self.order = name, near, order
+        self.takes = True
+
+    def sendmsg(self, parts):
+        if not self.takes:
+            raise BlockingIOError
+        self.order.append(self.name)
+        return sum(map(len, parts))
+
+    def __getattr__(self, name):
+        return getattr(self.near, name)
+
+
+class House:
+    """A loop whose turns the test takes, and its readers by name."""
+
+    def __init__(self, stack):
+        self.stack = stack
+        self.now_s = 100.0
+        self.order = []
+        self.admission = Admission(most=99, most_per_peer=99, is_busy=lambda link: link.is_busy)
+        self.loop = ServingLoop("never started", self.admission, now_s=lambda: self.now_s)
+        self.grants = GrantTable()
+        self.descriptor = RegionDescriptor(scheme="tcp", capability=b"c" * 16, nbytes=NBYTES)
+        self.grants.add(
+            self.descriptor, stack.enter_context(region_of(bytearray(NBYTES))), None, now_s=0.0
+        )
+        self.links, self.readers = {}, {}
+        stack.callback(self.loop.close)
+
+    def add(self, name):
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        self.readers[name] = self.stack.enter_context(RawStream(far))
+        served = ServedConnection(self.grants, SETTINGS, Ledger(), peer=name, now_s=self.now_s)
+        link = Link(WrittenDown(name, near, self.order), served, self.loop, holds_bytes=False)
+        self.links[name] = link
+        self.admission.enter(link, name)
+        self.loop.adopt(link)
+        self.readers[name].say(HELLO)
+        self.turn()
+        self.readers[name].hear()
+
+    def ask(self, name, traffic, nbytes=NBYTES):
+        self.readers[name].say(ask_of(self.descriptor, [(0, nbytes)], traffic=traffic))
+
+    def turn(self):
+        self.loop.call(lambda: None)  # so that it waits for nothing
+        self.loop._turn()
+
+    def turns(self):
+        for _ in range(100):
+            self.turn()
+        return "".join(self.order)
+
+
+@pytest.fixture
+def house():
+    with contextlib.ExitStack() as stack:
+        yield House(stack)
+
+
+def test_the_most_urgent_go_first_and_those_of_a_class_take_turns(house):
+    for name in "abcdef":
+        house.add(name)
+    for name, traffic in zip("abcdef", (2, 0, 1, 0, 2, 1), strict=True):
+        house.ask(name, traffic)
+    order = house.turns()
+    assert sorted(order[:6]) == list("bbbddd")
+    assert order[0] != order[1]
+    assert order[:2] * 3 == order[:6]
+    assert order[6:8] * 3 == order[6:12]
+    assert sorted(order[6:8]) == ["c", "f"]
+    assert order[12:14] * 3 == order[12:]
+    assert sorted(order[12:14]) == ["a", "e"]
+
+
+def test_what_is_urgent_overtakes_what_has_begun(house, monkeypatch):
+    monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
+    house.add("a")
+    house.add("b")
+    house.ask("a", 2)
+    house.turn()
+    house.ask("b", 0)
+    assert house.turns() in ("abbbaa", "aabbba")
+
+
+def test_a_small_one_waits_for_nobody(house, monkeypatch):
+    monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
+    house.add("a")
+    house.add("b")
+    house.ask("a", 0)
+    house.turn()
+    house.ask("b", 2, nbytes=100)
+    house.turn()
+    assert "b" in house.order[:3]
+
+
+def test_who_takes_nothing_has_no_turn_until_it_does(house):
+    house.add("a")
+    house.add("b")
+    house.links["a"].stream.takes = False
+    house.ask("a", 0)
+    house.ask("b", 2)
+    assert house.turns() == "bbb"
+    assert not house.loop._turns
+    house.links["a"].stream.takes = True
+    assert house.turns() == "bbbaaa"
+
+
+def test_what_is_due_is_served_in_its_time_and_nothing_is_due_before(house):
+    house.add("a")
+    house.now_s += SETTINGS.idle_timeout_s - 0.01
+    house.turn()
+    assert len(house.admission) == 1
+    assert 0 < house.loop._wait_s() < 0.02
+    house.now_s += 0.02
+    house.turn()
+    assert len(house.admission) == 0
+    assert house.readers["a"].hear() is None
+    assert house.loop._wait_s() == -1
+
+
+def test_who_is_dropped_hears_why(house):
+    house.add("a")
+    house.loop.drop(house.links["a"], PeerBusy("no room", retry_after_s=1.0))
+    told = house.readers["a"].hear()
+    assert isinstance(told, Fail)
+    assert (told.reason, told.retry_after_ms) == ("PEER_BUSY", 1000)
+    assert house.readers["a"].hear() is None
+
+
+def test_a_closed_loop_takes_nobody_in(house):
+    house.loop.close()
+    assert not house.loop.call(lambda: None)
+    house.loop.close()
+
+
+def test_a_request_that_comes_in_pieces_is_served_when_it_is_whole(house):
+    house.add("a")
+    data = encode(ask_of(house.descriptor, [(0, 1)] * 4096))
+    for at in range(0, len(data), 1000):
+        house.readers["a"].send(data[at : at + 1000])
+        assert not house.order
+        house.turn()
+    assert house.turns() == "aaaaa"  # 1,023 ranges in each
