@@ -10,11 +10,12 @@ A transport is a subclass that says how bytes move (`carry_out`), and how memory
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from snowskin.transport.api import (
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 NUM_WORKERS = 4
 _SETTLE_S = 0.05
+_MAX_UNCOUNTED = 1024
 # Makes a named tuple in half the time of its own constructor; every transfer makes two.
 _new = tuple.__new__
 
@@ -176,6 +178,7 @@ class OrderedTransport(ABC):
         self._workers: PriorityWorkers | None = None
         self._attached: set[AttachedRegion] = set()
         # By is_pull, then traffic class: how many transfers, how many bytes.
+        self._done: deque[tuple[bool, TrafficClass, int]] = deque()  # not yet in `_moved`
         self._moved = [[[0, 0] for _ in TrafficClass] for _ in (False, True)]
         self._num_failed = {"refused": 0, "timed_out": 0, "cancelled": 0, "lost": 0}
         self._served: Counter[str] = Counter()
@@ -325,6 +328,7 @@ class OrderedTransport(ABC):
 
     def statistics(self) -> TransportStatistics:
         """The counters, as of now."""
+        self._count_done()
         with self._lock:
             attached = list(self._attached)
             pushed, pulled = self._moved
@@ -474,7 +478,9 @@ class OrderedTransport(ABC):
             )
         if len(note) > MAX_NOTE_NBYTES:
             raise OutOfBounds(f"a note of {len(note)} bytes; {MAX_NOTE_NBYTES} are the most")
-        nbytes = check_bounds(runs, remote_nbytes=remote.nbytes, local_nbytes=local.nbytes)
+        nbytes = check_bounds(
+            runs, remote_nbytes=remote.descriptor.nbytes, local_nbytes=local.nbytes
+        )
         quarantined = local.quarantined if is_pull else remote.quarantined
         if quarantined.held:
             quarantined.check(order.landing_ranges())
@@ -492,18 +498,25 @@ class OrderedTransport(ABC):
         if note:
             self.tell_owner(order, nbytes)
         num_runs = len(runs) if len(runs) < 2 else num_joined(runs)
-        with self._lock:  # as `count_moved`, without the call
-            moved = self._moved[is_pull][traffic]
-            moved[0] += 1
-            moved[1] += nbytes
+        done = self._done
+        done.append((is_pull, traffic, nbytes))  # as `count_moved`, without call and lock
+        if len(done) > _MAX_UNCOUNTED:
+            self._count_done()
         return _new(TransferReport, (nbytes, num_runs, ended_s - started_s))
 
     def count_moved(self, is_pull: bool, traffic: TrafficClass, nbytes: int) -> None:
         """Counts one pull or push that is complete."""
-        with self._lock:
-            moved = self._moved[is_pull][traffic]
-            moved[0] += 1
-            moved[1] += nbytes
+        self._done.append((is_pull, traffic, nbytes))
+        if len(self._done) > _MAX_UNCOUNTED:
+            self._count_done()
+
+    def _count_done(self) -> None:
+        with self._lock, contextlib.suppress(IndexError):
+            while True:
+                is_pull, traffic, nbytes = self._done.popleft()
+                moved = self._moved[is_pull][traffic]
+                moved[0] += 1
+                moved[1] += nbytes
 
     def count_failure(self, error: TransportError) -> None:
         """Counts by kind."""

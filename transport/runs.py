@@ -25,7 +25,8 @@ class Run(NamedTuple):
 def check_bounds(runs: Sequence[Run], *, remote_nbytes: int, local_nbytes: int) -> int:
     """Sum of all bytes; raises OutOfBounds where a run is empty or leaves one of its regions."""
     total_nbytes = 0
-    for index, (remote_offset, local_offset, nbytes) in enumerate(runs):
+    for run in runs:
+        remote_offset, local_offset, nbytes = run
         if (
             nbytes < 1
             or remote_offset < 0
@@ -34,7 +35,7 @@ def check_bounds(runs: Sequence[Run], *, remote_nbytes: int, local_nbytes: int) 
             or local_offset + nbytes > local_nbytes
         ):
             raise OutOfBounds(
-                f"run {index} of {len(runs)}: {nbytes} bytes at {remote_offset} of {remote_nbytes} "
+                f"run {runs.index(run)} of {len(runs)}: {nbytes} bytes at {remote_offset} of {remote_nbytes} "
                 f"remote and at {local_offset} of {local_nbytes} local; nothing was moved",
                 hint="every run needs at least 1 byte, inside both regions",
             )
