@@ -94,3 +94,9 @@ def test_a_failure_is_told_and_not_remembered(resolver: Resolver) -> None:
     resolver.error = None
     assert names.find(NAME, Looks(1000))
     assert len(resolver.asked) == 2
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "owner..example", "fe80::1%" + "a" * 64])
+def test_what_cannot_be_a_name_is_known_by_nobody_at_once(host: str) -> None:
+    with pytest.raises(OSError, match="no host's name"):
+        Names().find(Address(host, 4711), Looks(20))
