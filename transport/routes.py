@@ -1,7 +1,8 @@
 """From two hosts' addresses to the paths between them, nearest to the memory first.
 
-Rules kept here: what is bound and what is advertised are two things; a loopback address is a path
-only within one network namespace; IPv4 and IPv6 are alike. Pure.
+Rules kept here: what is bound and what is advertised are two things; a loopback address, and one
+that this host has itself (each host's bridge of containers may have the same), is a path only within
+one network namespace; IPv4 and IPv6 are alike. Pure.
 
 Preferred are the first of these that there are: near NICs, each with one of the peer's near
 addresses in its own network, no two with the same; near addresses of the peer behind a router, which the
@@ -85,7 +86,12 @@ def paths_between(
         advertised: by the peer.
         same_network: both ends have the same interfaces, so that loopback leads there.
     """
-    usable = [row for row in advertised if same_network or not is_loopback(row.address.host)]
+    own = {address.host for nic in facts.nics for address in nic.addresses}
+    usable = [
+        row
+        for row in advertised
+        if same_network or not (is_loopback(row.address.host) or row.address.host in own)
+    ]
     if not usable:
         return ()
     if same_network:

@@ -105,7 +105,7 @@ class TcpTransport(OrderedTransport):
             settings: `TcpSettings()` where None: a reader alone.
             now_s: the clock of deadlines and lives.
             inline_nbytes: up to how many bytes `pull_async` stays on the event loop.
-            paths_to: which ways there are to an owner; one to each of its addresses if None.
+            paths_to: which ways there are to an owner; by this host's NICs if None.
 
         Raises:
             TransportUnavailable: an address cannot be bound, or TLS's files do not fit.

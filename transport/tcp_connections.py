@@ -6,7 +6,6 @@ to closes it, others interrupt it; a path that failed is left alone for a while.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from snowskin.transport.tcp_dialing import dial
 from snowskin.transport.tcp_gate import Gate
 from snowskin.transport.tcp_keeper import Keeper
 from snowskin.transport.tcp_names import Names
+from snowskin.transport.tcp_routes import TcpRoutes
 
 if TYPE_CHECKING:
     import ssl
@@ -295,7 +295,7 @@ class Connections:
     def __init__(self, settings: TcpSettings, paths_to: PathsTo | None = None) -> None:
         """No link yet, no thread; `paths_to` says which ways there are to an owner."""
         self._settings = settings
-        self._paths_to = paths_to or functools.partial(_paths, settings.local_addresses)
+        self._paths_to = paths_to or TcpRoutes(settings.local_addresses)
         self._links: dict[Reachability, Link] = {}
         self._names = Names()
         self._lock = threading.Lock()
@@ -387,20 +387,3 @@ class _Until:
 
 def _is_needed(link: Link) -> bool:
     return bool(link.num_users or link.num_open or link.gate.num_inside)
-
-
-def _paths(local_addresses: tuple[str, ...], reachability: Reachability) -> list[Path]:
-    """A path for each of the owner's addresses and each of ours, side by side, families matching."""
-    remotes = [str(address) for address in reachability.addresses]
-    if not local_addresses:
-        return [Path(name=remote, remote_address=remote) for remote in dict.fromkeys(remotes)]
-    pairs = [
-        (local_addresses[index % len(local_addresses)], remotes[index % len(remotes)])
-        for index in range(max(len(local_addresses), len(remotes)))
-    ]
-    matching = [
-        Path(name=f"{local} to {remote}", local_address=local, remote_address=remote)
-        for local, remote in dict.fromkeys(pairs)
-        if (":" in local) == remote.startswith("[")
-    ]
-    return matching or [Path(name=remote, remote_address=remote) for remote in remotes[:1]]

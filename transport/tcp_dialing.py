@@ -6,6 +6,7 @@ PeerLost, and names the peer; a connection that was not made leaves no descripto
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -78,8 +79,7 @@ def _connected(
         made = socket.socket(its_family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             set_options(made, settings)
-            if path.local_address:
-                made.bind((path.local_address, 0))
+            _bind(made, path)
             _connect(made, target, patience)
             set_options_for_peer(made, settings)
         except OSError as error:
@@ -94,6 +94,16 @@ def _connected(
         f"{peer} cannot be reached at {address}: {failure.strerror}",
         hint="is it alive, and is its advertised address reachable from here?",
     ) from failure
+
+
+def _bind(made: socket.socket, path: Path) -> None:
+    """To the path's address and NIC; OSError where this host has not got them (any more)."""
+    if path.local_device:
+        # Without the right to, the address alone decides: the kernel's routes then choose the NIC.
+        with contextlib.suppress(PermissionError):
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, path.local_device.encode())
+    if path.local_address:
+        made.bind((path.local_address, 0))
 
 
 def _connect(made: socket.socket, target: tuple[object, ...], patience: Patience) -> None:

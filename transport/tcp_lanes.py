@@ -238,7 +238,8 @@ class StripedPull:
                 lane.path, job, is_due=True
             )
             with self._changed:
-                self._stripes.reached(lane, time.monotonic())
+                if not connection.was_idle:  # one that was kept says nothing of the path yet
+                    self._stripes.reached(lane, time.monotonic())
                 self._num_active += 1
             try:
                 self._take_stripes(connection, job)

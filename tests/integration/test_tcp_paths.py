@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import time
 
 import numpy as np
 import pytest
 
+from snowskin.transport import tcp_dialing
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.api import Run, TransferControl
 from snowskin.transport.errors import PeerLost, TransportUnavailable
+from snowskin.transport.paths import Path
+from snowskin.transport.stripes import Stripes
 from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.tcp_settings import TcpSettings
 from tests.support.raw_tcp import at
@@ -229,3 +235,61 @@ def test_one_path_is_tried_with_several_streams_and_the_bytes_are_right():
             )
             assert np.array_equal(pair.source, pair.target)
         assert pair.reader.statistics().num_connected > 1
+
+
+def test_only_a_handshake_proves_a_path_and_not_a_connection_that_was_kept(two_paths, monkeypatch):
+    proven = []
+    reached = Stripes.reached
+    monkeypatch.setattr(
+        Stripes, "reached", lambda *said: proven.append(said[1].path) or reached(*said)
+    )
+    remote = two_paths.attach()
+    for _ in range(2):
+        two_paths.reader.pull(
+            remote, two_paths.local, [Run(0, 0, LARGE)], deadline_s=time.monotonic() + 20
+        )
+    connections = two_paths.reader.statistics().num_connected
+    assert len(proven) == connections
+
+
+# From which address and NIC.
+
+
+def pulled_by(path_of):
+    """Who connected, as the owner saw it, and by which NIC; after one pull."""
+    with Pair() as pair:
+        reader = TcpTransport(paths_to=lambda found: [path_of(str(found.addresses[0]))])
+        try:
+            remote = reader.attach(pair.owner.describe(pair.owned))
+            reader.pull(remote, pair.local, [Run(0, 0, 9)], deadline_s=time.monotonic() + 5)
+            ((connection,),) = [list(link.all_idle()) for link in reader._connections.links()]
+            made = socket.socket(fileno=os.dup(connection.fd))
+            with made:
+                device = made.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+                return made.getsockname()[0], device.rstrip(b"\0").decode()
+        finally:
+            reader.close()
+
+
+def test_a_path_connects_from_its_own_address_and_nic(monkeypatch):
+    def path(remote):
+        return Path(name="p", local_address="127.0.0.9", local_device="lo", remote_address=remote)
+
+    assert pulled_by(path) == ("127.0.0.9", "lo")
+
+    class Forbidding(socket.socket):
+        def setsockopt(self, *option):
+            if option[1] == socket.SO_BINDTODEVICE:
+                raise PermissionError(errno.EPERM, "not permitted")
+            super().setsockopt(*option)
+
+    monkeypatch.setattr(tcp_dialing.socket, "socket", Forbidding)
+    assert pulled_by(path)[0] == "127.0.0.9"
+
+
+@pytest.mark.parametrize(
+    "gone", [{"local_address": "192.0.2.200"}, {"local_device": "gone0"}], ids=str
+)
+def test_a_path_whose_address_or_nic_is_gone_cannot_be_reached(gone):
+    with pytest.raises(PeerLost, match="cannot be reached"):
+        pulled_by(lambda remote: Path(name="p", remote_address=remote, **gone))
