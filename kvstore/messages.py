@@ -284,6 +284,7 @@ class NodeStat:
     draining: bool = False
     door: str = ""
     transports: tuple[str, ...] = ()
+    advertisement: bytes = b""
 
 
 ReplyMessage = Reserved | Committed | Aborted | Probed | Matched | Renewed | Released | NodeStat

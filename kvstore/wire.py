@@ -372,6 +372,7 @@ def _set_stat(message: store_pb2.StatResponse, stat: NodeStat) -> None:
     message.draining = stat.draining
     message.door = stat.door
     message.transports.extend(stat.transports)
+    message.advertisement = stat.advertisement
     for name in _COUNTS:
         setattr(message, name, getattr(stat, name))
     for name, count in stat.counters.items():
@@ -455,6 +456,7 @@ def stat_from(message: store_pb2.StatResponse) -> NodeStat:
         draining=message.draining,
         door=message.door,
         transports=tuple(message.transports),
+        advertisement=message.advertisement,
         counters=dict(message.counters),
         pools=tuple(
             PoolStat(

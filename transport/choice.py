@@ -192,6 +192,8 @@ def _with(choice: Choice, not_taken: tuple[NotTaken, ...], *, reason: str) -> Ch
 
 
 def _loopback(meeting: Encounter, _: bool) -> Choice | NotTaken:
+    if refused := _not_here(LOOPBACK, meeting.own):
+        return refused
     if not meeting.own.identity.same_process(meeting.peer_identity):
         return NotTaken(scheme=LOOPBACK, reason="another process")
     if refused := _host_memory_only(LOOPBACK, meeting):

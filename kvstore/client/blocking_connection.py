@@ -30,7 +30,7 @@ from snowskin.kvstore.errors import DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.messages import Access, Lease, RenewRequest, ReplyMessage, Request
 from snowskin.kvstore.rpc import call_metadata, channel_options, header_text, translating
 from snowskin.kvstore.tracing import outgoing
-from snowskin.kvstore.wire import reply_from, request_to
+from snowskin.kvstore.wire import reply_from, request_to, stat_from
 from snowskin.transport.errors import SnowskinError, TransportClosed
 from snowskin.v1 import store_pb2, store_pb2_grpc
 
@@ -253,8 +253,8 @@ class BlockingRpcConnection:
         self.connected = True
         try:
             with translating(f"node {address}"):
-                stat = self._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s)
-            self._moves.meet(stat.transports)
+                stat = stat_from(self._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s))
+            self._moves.meet(stat)
         except BaseException:
             self.close()
             raise

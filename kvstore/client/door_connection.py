@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from snowskin.kvstore.client.conversation import Conversation, giving_back, is_plain_release
 from snowskin.kvstore.client.region_moves import until_settled
+from snowskin.kvstore.client.ways import BY_THE_DOOR
 from snowskin.kvstore.errors import BadSetting, DeadlineExceeded, NodeUnavailable
 from snowskin.kvstore.frames import MAX_FRAME_NBYTES
 from snowskin.kvstore.messages import Access, Greeting, Lease, ReplyMessage, Request
@@ -107,6 +108,8 @@ def map_granted(
 
 class DoorConnection:
     """A session on a local door."""
+
+    way = BY_THE_DOOR
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from snowskin.kvstore.errors import (
 from snowskin.kvstore.messages import CommitRequest, MatchRequest, ReserveRequest
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.api import TransferControl
+from snowskin.transport.choice import GRPC, Choice
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import (
     BadDescriptor,
@@ -37,19 +38,22 @@ from snowskin.transport.errors import (
     TransferCancelled,
     TransferTimedOut,
     TransportClosed,
+    TransportUnavailable,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator, Sequence
+    from collections.abc import Awaitable, Iterator
 
     from snowskin.kvstore.client.machine import Move
     from snowskin.kvstore.client.transports import ClientTransports
-    from snowskin.kvstore.messages import GrantedRegion, Request
+    from snowskin.kvstore.client.ways import Ways
+    from snowskin.kvstore.messages import GrantedRegion, NodeStat, Request
     from snowskin.transport.api import RemoteRegion, Transport
     from snowskin.transport.memory import MemoryRegion
     from snowskin.transport.runs import Run
 
 SETTLE_LOOK_S = 0.002
+BY_GRPC = Choice(scheme=GRPC, reason="nothing else may be used")
 
 log = get_logger(__name__)
 
@@ -61,24 +65,28 @@ class RegionMoves:
         """`transports` stay their owner's; `node` is named in errors."""
         self._transports = transports
         self._node = node
-        self._schemes: tuple[str, ...] = ()
+        self._ways: Ways | None = None
         self._controls: set[TransferControl] = set()
         self._closed = False
 
-    def meet(self, served: Sequence[str]) -> None:
-        """The node serves these schemes.
+    @property
+    def way(self) -> Choice:
+        """How what lies in host memory travels, and why."""
+        return BY_GRPC if self._ways is None else self._ways.choice
+
+    def meet(self, stat: NodeStat) -> None:
+        """The node says this of itself; may take as long as `ClientTransports.ways_to`.
 
         Raises:
-            TransportUnavailable: the one that was demanded is not among them.
+            TransportUnavailable: what was demanded cannot be had.
         """
-        self._schemes = self._transports.chosen(served, node=self._node)
-        if self._transports.schemes and not self._schemes:
-            log.info("no transport is shared, bytes go by gRPC", node=self._node, served=[*served])
+        self._ways = self._transports.ways_to(stat, node=self._node)
 
     def naming_schemes(self, request: Request) -> Request:
         """The request; where its answer brings, or ends, what the data plane opens, with what this side can use."""
-        if self._schemes and isinstance(request, MatchRequest | ReserveRequest | CommitRequest):
-            return replace(request, schemes=self._schemes)
+        schemes = () if self._ways is None else self._ways.schemes
+        if schemes and isinstance(request, MatchRequest | ReserveRequest | CommitRequest):
+            return replace(request, schemes=schemes)
         return request
 
     async def move(self, step: Move) -> None:
@@ -131,22 +139,31 @@ class RegionMoves:
                 raise ProtocolViolation(
                     f"lease {step.lease.id} of {self._node} opens nothing of pool {pool_id}, where its blocks are"
                 )
-            transport, descriptor = self._best(region)
+            transport, descriptor = self._chosen(region, step.local)
             # Its life is the lease's: see above.
             lasting = replace(descriptor, expires_in_s=math.inf)
             yield transport, transport.attach(lasting, writable=step.is_push), runs
 
-    def _best(self, region: GrantedRegion) -> tuple[Transport, RegionDescriptor]:
+    def _chosen(
+        self, region: GrantedRegion, local: MemoryRegion
+    ) -> tuple[Transport, RegionDescriptor]:
+        """By what the bytes of this region travel to or from `local`."""
         by_scheme = {
             descriptor.scheme: descriptor
             for descriptor in map(RegionDescriptor.from_bytes, region.descriptors)
         }
-        for scheme in self._schemes:
-            if scheme in by_scheme:
+        try:
+            if self._ways is not None:
+                scheme = self._ways.of_extent(by_scheme, local).scheme
                 return self._transports.get(scheme), by_scheme[scheme]
+        except TransportUnavailable as error:
+            raise ProtocolViolation(
+                f"{self._node} opened pool {region.pool_id} by {', '.join(by_scheme) or 'nothing'}, "
+                f"not by what can be used: {error.message}",
+                hint=error.hint,
+            ) from error
         raise ProtocolViolation(
-            f"{self._node} opened pool {region.pool_id} by {', '.join(by_scheme) or 'nothing'}, "
-            f"not by what was asked for"
+            f"{self._node} opened pool {region.pool_id} by {', '.join(by_scheme) or 'nothing'}, unasked"
         )
 
     @contextlib.contextmanager

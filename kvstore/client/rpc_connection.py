@@ -18,7 +18,7 @@ from snowskin.kvstore.client.transports import check_may_crawl
 from snowskin.kvstore.errors import NodeUnavailable, ProtocolViolation
 from snowskin.kvstore.rpc import call_metadata, header_text, open_channel, translating
 from snowskin.kvstore.telemetry import get_logger
-from snowskin.kvstore.wire import reply_from, request_to
+from snowskin.kvstore.wire import reply_from, request_to, stat_from
 from snowskin.transport.errors import (
     RegionReadOnly,
     SnowskinError,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.client.machine import Move
     from snowskin.kvstore.client.transports import ClientTransports
     from snowskin.kvstore.messages import Lease, ReplyMessage, Request
+    from snowskin.transport.choice import Choice
 
 CHUNK_NBYTES = 1 << 20
 ANY_NBYTES = 1 << 64
@@ -165,13 +166,19 @@ class RpcConnection:
         connection = cls(address, open_channel(address), client_name, transports)
         try:
             with translating(f"node {address}"):
-                stat = await connection._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s)
-            connection._moves.meet(stat.transports)
+                response = await connection._stub.Stat(store_pb2.StatRequest(), timeout=timeout_s)
+            stat = stat_from(response)
+            await asyncio.to_thread(connection._moves.meet, stat)
         except BaseException:
             await connection.close()
             raise
         connection.node_id, connection.node_epoch = stat.node_id, stat.node_epoch
         return connection
+
+    @property
+    def way(self) -> Choice:
+        """How what lies in host memory travels, and why."""
+        return self._moves.way
 
     @property
     def connected(self) -> bool:

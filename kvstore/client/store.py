@@ -35,6 +35,7 @@ from snowskin.kvstore.client.machine import (
 from snowskin.kvstore.client.rpc_connection import RpcConnection
 from snowskin.kvstore.client.step_spans import facts_of, is_told, name_of
 from snowskin.kvstore.client.transports import ClientTransports, check_may_map
+from snowskin.kvstore.client.ways import log_way
 from snowskin.kvstore.errors import ClientClosed, ClientForked, NodeUnavailable
 from snowskin.kvstore.messages import (
     Access,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from snowskin.kvstore.blocks import KeyColumn
+    from snowskin.transport.choice import Choice
 
 DOOR_PREFIX = "unix:"
 CALL_TIMEOUT_S = 1.0
@@ -77,6 +79,10 @@ class Connection(Protocol):
 
     node_id: str
     node_epoch: int
+
+    @property
+    def way(self) -> Choice:
+        """How what lies in host memory travels, and why."""
 
     @property
     def connected(self) -> bool:
@@ -159,6 +165,7 @@ class StoreClient:
                 transports,
                 timeout_s=timeout_s,
             )
+            log_way(connection.way, node=address)
         else:
             connection = await RpcConnection.open(
                 address, client_name, transports, timeout_s=timeout_s
@@ -181,6 +188,11 @@ class StoreClient:
     def node_epoch(self) -> int:
         """New at each start of the node."""
         return self._connection.node_epoch
+
+    @property
+    def way(self) -> Choice:
+        """By which transport the node's bytes travel to and from host memory, and why."""
+        return self._connection.way
 
     @property
     def connected(self) -> bool:

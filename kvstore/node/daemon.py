@@ -165,6 +165,7 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
         reach = NodeReach.of_node(
             settings, transports, shell.data_plane.statistics, pages=shell.pages
         )
+        shell.state.advertisement = reach.advertisement.to_bytes()
         admin = NodeAdminService(shell, reach)
         server = await stack.enter_async_context(
             serving(

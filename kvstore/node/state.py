@@ -89,6 +89,7 @@ class NodeState:
         self.limits = limits or NodeLimits()
         self.draining = False
         self.door = ""  # where clients of this host come in; for Stat
+        self.advertisement = b""  # how it is reached; for Stat
         self.transports: tuple[str, ...] = ()  # what the data plane serves; for Stat
         self.sessions = SessionTable()
         self.residence = Residence(
@@ -377,6 +378,7 @@ class NodeState:
             draining=self.draining,
             door=self.door,
             transports=self.transports,
+            advertisement=self.advertisement,
         )
 
     @property

@@ -97,7 +97,7 @@ class Holder:
 
     def __init__(self, client):
         self.connection = client._connection
-        (scheme,) = self.connection._moves._schemes
+        scheme = client.way.scheme
         self.transport = self.connection._moves._transports.get(scheme)
         self.memory = region_of(noise(7, 64 * BLOCK))
 

@@ -206,6 +206,7 @@ replies = st.one_of(
             draining=st.booleans(),
             door=TEXT,
             transports=SCHEMES,
+            advertisement=st.binary(max_size=99),
         ),
     ),
 )

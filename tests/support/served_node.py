@@ -6,11 +6,17 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.blocks import KeyColumn
-from snowskin.kvstore.messages import CommitRequest, Reserved, ReserveRequest
+from snowskin.kvstore.messages import CommitRequest, NodeStat, Reserved, ReserveRequest
 from snowskin.kvstore.node.admin import NodeAdminService
 from snowskin.kvstore.node.daemon import NodeSettings, make_shell
 from snowskin.kvstore.node.service import StoreService
 from snowskin.kvstore.rpc import serving
+from snowskin.transport.advertisement import (
+    AdvertisedAddress,
+    Advertisement,
+    SchemeAdvertisement,
+)
+from snowskin.transport.probes import own_identity
 from snowskin.v1 import admin_pb2_grpc, store_pb2_grpc
 
 if TYPE_CHECKING:
@@ -25,6 +31,41 @@ def key_of(number: int) -> bytes:
     return number.to_bytes(8, "big") * 4
 
 
+def advertisement_of(transports) -> Advertisement:
+    """What a node in this process tells of these transports."""
+    told = {transport.scheme: getattr(transport, "reachability", None) for transport in transports}
+    return Advertisement(
+        identity=own_identity(),
+        schemes=tuple(
+            SchemeAdvertisement(
+                scheme=scheme,
+                addresses=tuple(
+                    AdvertisedAddress(address=address)
+                    for address in (reachability.addresses if reachability else ())
+                ),
+            )
+            for scheme, reachability in told.items()
+        ),
+    )
+
+
+def stat_of(transports, advertisement=None) -> NodeStat:
+    """What a node says of itself that serves these schemes, and is found as advertised; nothing told if None."""
+    return NodeStat(
+        node_id="n",
+        node_epoch=1,
+        pools=(),
+        num_blocks=0,
+        num_read_leases=0,
+        num_write_leases=0,
+        num_sessions=0,
+        num_waiting_matches=0,
+        num_waiting_reserves=0,
+        transports=tuple(transports),
+        advertisement=b"" if advertisement is None else advertisement.to_bytes(),
+    )
+
+
 class ServedNode:
     """One node; `session` is that of a writer."""
 
@@ -32,6 +73,7 @@ class ServedNode:
         settings = {"dram_nbytes": 1 << 20, "watch_beat_s": 30.0, "watch_stall_s": 30.0, **settings}
         self.settings = NodeSettings(**settings)
         self.shell = make_shell(self.settings, transports)
+        self.shell.state.advertisement = advertisement_of(transports).to_bytes()
         self.service = StoreService(self.shell, self.settings.watch_limits())
         self.admin = NodeAdminService(self.shell)
         self.replies: list = []

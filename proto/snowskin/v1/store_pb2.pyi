@@ -188,7 +188,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("node_id", "node_epoch", "pools", "num_blocks", "num_read_leases", "num_write_leases", "num_sessions", "num_waiting_matches", "num_waiting_reserves", "counters", "draining", "door", "transports")
+    __slots__ = ("node_id", "node_epoch", "pools", "num_blocks", "num_read_leases", "num_write_leases", "num_sessions", "num_waiting_matches", "num_waiting_reserves", "counters", "draining", "door", "transports", "advertisement")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class StatResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     DOOR_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    ADVERTISEMENT_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     node_epoch: int
     pools: _containers.RepeatedCompositeFieldContainer[PoolStat]
@@ -222,7 +223,8 @@ class StatResponse(_message.Message):
     draining: bool
     door: str
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, node_id: _Optional[str] = ..., node_epoch: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStat, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_waiting_matches: _Optional[int] = ..., num_waiting_reserves: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ..., door: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    advertisement: bytes
+    def __init__(self, node_id: _Optional[str] = ..., node_epoch: _Optional[int] = ..., pools: _Optional[_Iterable[_Union[PoolStat, _Mapping]]] = ..., num_blocks: _Optional[int] = ..., num_read_leases: _Optional[int] = ..., num_write_leases: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_waiting_matches: _Optional[int] = ..., num_waiting_reserves: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., draining: bool = ..., door: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ..., advertisement: _Optional[bytes] = ...) -> None: ...
 
 class PoolStat(_message.Message):
     __slots__ = ("pool_id", "tier", "tenant", "capacity_nbytes", "free_nbytes", "committed_nbytes", "reserved_nbytes", "quarantined_nbytes", "largest_hole_nbytes", "leased_nbytes")

@@ -25,6 +25,7 @@ from snowskin.transport.errors import TransportClosed
 from snowskin.transport.loopback import LoopbackFaults, LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import region_of
 from snowskin.transport.runs import Run
+from tests.support.served_node import advertisement_of, stat_of
 
 
 async def test_a_cancelled_copy_is_over_when_nothing_of_it_can_land_any_more():
@@ -59,7 +60,7 @@ def opened():
         "loopback", factories={"loopback": lambda: LoopbackTransport(network)}
     )
     moves = RegionMoves(transports, node="node n")
-    moves.meet(("loopback",))
+    moves.meet(stat_of(["loopback"], advertisement_of([owner])))
     lease = Lease(
         id=LeaseId(7),
         ttl_s=10.0,
