@@ -11,6 +11,7 @@ import errno
 import functools
 import itertools
 import logging
+import math
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from snowskin.transport.tcp_streams import Stream
 
 ACCEPTS_A_TURN = 64
-PAUSE_S = 0.1  # of listening, when this process or this host is out of something
+PAUSE_S = 0.1  # of listening, when this process or this host is out of something that nobody here can give
+ROOM_AT_ONCE = 16  # connections dropped then
+WARN_EVERY_S = 10.0
 _OUT_OF_SOMETHING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _log = logging.getLogger("snowskin.transport.tcp")
@@ -63,6 +66,7 @@ class TcpOwner:
         self._settings = settings
         self._ledger = ledger
         self._now_s = now_s
+        self._warn_at_s = -math.inf
         check_options(settings)
         self._tls = settings.tls.owner_context() if settings.tls is not None else None
         self._admission: Admission[Link] = Admission(
@@ -151,13 +155,18 @@ class TcpOwner:
         link.loop.call(functools.partial(link.loop.drop, link, error))
 
     def _make_room(self, listener: socket.socket, error: OSError) -> None:
-        """This process or host is out of descriptors or memory: who only waits makes room."""
-        self._ledger.count_refused(PeerBusy.reason)
-        _log.warning("cannot accept", extra={"error": str(error), "open": self.num_connections})
-        leaving = self._admission.make_room()
-        if leaving is not None:
+        """This process or host is out of descriptors or memory: those who only wait make room."""
+        now_s = self._now_s()
+        if now_s >= self._warn_at_s:
+            self._warn_at_s = now_s + WARN_EVERY_S
+            _log.warning("cannot accept", extra={"error": str(error), "open": self.num_connections})
+        for num_dropped in range(ROOM_AT_ONCE):
+            leaving = self._admission.make_room()
+            if leaving is None:
+                if not num_dropped:
+                    self._loops[0].pause(listener, PAUSE_S)
+                return
             self._dismiss(leaving, f"the owner is out of room: {error}")
-        self._loops[0].pause(listener, PAUSE_S)
 
 
 def _listen(address: Address, settings: TcpSettings) -> socket.socket:

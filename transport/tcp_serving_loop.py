@@ -224,10 +224,12 @@ class ServingLoop:
         self._set_timer(link)
 
     def drop(self, link: Link, error: TransportError) -> None:
-        """Ends a connection and tells why."""
+        """Ends a connection at once, for its descriptor is wanted; tells why where the stream takes it."""
         if self._links.get(link.fd) is link:
             link.served.leave(error, self._now_s())
-            self._guarded(self._settle, link)
+            with contextlib.suppress(OSError):
+                self._say(link)
+            self._close(link)
 
     def _run(self) -> None:
         try:

@@ -281,10 +281,30 @@ def test_an_owner_without_descriptors_makes_room_and_goes_on(owned, monkeypatch)
             began_s = time.monotonic()
             with owned.reader() as reader:  # waits until the owner listens again
                 assert reader.pull(descriptor, [(0, 10)])[1] is None
-        assert time.monotonic() - began_s > 2 * PAUSE_S
+        assert time.monotonic() - began_s > 1.5 * PAUSE_S
         assert idle.hear().reason == "PEER_BUSY"
-    assert owned.ledger.counts["PEER_BUSY"] == 4  # three times of listening, one reader
+    assert owned.ledger.counts["PEER_BUSY"] == 1
     assert owned.owner.num_errors == 0
+
+
+def test_a_crowd_that_took_all_descriptors_makes_room_at_once(owned, monkeypatch):
+    accept, num_most = socket.socket.accept, 20
+
+    def scarce(listener):
+        if owned.owner.num_connections >= num_most:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", scarce)
+    descriptor = owned.grant()
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(owned.reader(hello=False))
+        began_s = time.monotonic()
+        with owned.reader() as reader:
+            assert reader.pull(descriptor, [(0, 10)])[1] is None
+        assert time.monotonic() - began_s < 0.5
+        assert owned.owner.num_connections <= num_most
 
 
 def test_an_owner_costs_nothing_while_nothing_is_asked(owned):
@@ -380,13 +400,17 @@ def test_an_owner_listens_on_several_addresses_and_says_others():
 
 def test_one_port_is_listened_on_by_ipv4_and_ipv6_apart():
     everywhere = {"advertise": (Address("node-7", 0),)}
-    with Owned(listen=(Address("::", 0),), **everywhere) as first:
-        port = first.owner.reachability.addresses[0].port
-        with (
-            Owned(listen=(Address("0.0.0.0", port),), **everywhere),
-            RawReader(("127.0.0.1", port)) as reader,
-        ):
-            assert isinstance(reader.welcome, Welcome)
+    for attempt in range(9):
+        with Owned(listen=(Address("::", 0),), **everywhere) as first:
+            port = first.owner.reachability.addresses[0].port
+            try:
+                second = Owned(listen=(Address("0.0.0.0", port),), **everywhere)
+            except TransportUnavailable:
+                assert attempt < 8, "not by chance"
+                continue  # somebody else on this host may have that one
+            with second, RawReader(("127.0.0.1", port)) as reader:
+                assert isinstance(reader.welcome, Welcome)
+                return
 
 
 def test_an_address_that_is_taken_or_unknown_is_refused_and_nothing_stays(owned):
