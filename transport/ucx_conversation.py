@@ -17,10 +17,13 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from snowskin.transport.errors import BadFrame, PeerLost
 from snowskin.transport.ucp.api import Span, UcpFailure
 from snowskin.transport.ucx_wire import (
     LEAVING,
+    MAX_DATA_NBYTES,
     WINDOW_NBYTES,
     MessageHead,
     MessageKind,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from snowskin.transport.frames import Frame
+    from snowskin.transport.memory import Bytes
     from snowskin.transport.ucp.api import UcpWorker
 
 MAX_EARLY = 64  # parts of a stream that came before what belongs in front of them
@@ -198,6 +202,25 @@ class Cursor:
             max_nbytes -= taken
             index += 1
         return spans
+
+
+class Buffers:
+    """Chunks of memory for what is on its way to or from UCX, kept for the next transfer."""
+
+    def __init__(self, max_kept: int) -> None:
+        """None yet."""
+        self._kept: deque[Bytes] = deque(maxlen=max_kept)
+
+    def take(self) -> Bytes:
+        """One of `MAX_DATA_NBYTES`."""
+        try:
+            return self._kept.pop()
+        except IndexError:
+            return np.empty(MAX_DATA_NBYTES, dtype=np.uint8)
+
+    def give(self, buffer: Bytes) -> None:
+        """Back."""
+        self._kept.append(buffer)
 
 
 class Arrivals:

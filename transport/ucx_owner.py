@@ -1,9 +1,10 @@
 """The owner's side of `ucx`: what peers ask is checked, then sent from, or put into, granted memory.
 
 Rules kept here: whoever cannot name a living grant is refused before anything that it sent is used or kept; a request
-is checked whole before memory is touched, and its grant again around each chunk; a chunk is UCX's between `begin_piece`
-and `end_piece`, so whoever revokes waits for it, and a peer that does not take it loses its session after `stall_s`;
-what a peer makes this side hold is bounded; what does not keep to `ucx_wire.py` ends its session.
+is checked whole before memory is touched, and its grant again around each chunk; a chunk is copied out between
+`begin_piece` and `end_piece` and given to UCX after, so whoever revokes waits for no peer (UCX keeps for seconds what a
+stopped one does not take); such a peer holds up nobody else, and loses its session after `stall_s`; what a peer makes
+this side hold is bounded; what does not keep to `ucx_wire.py` ends its session.
 
 All of it runs in the progress thread.
 """
@@ -39,7 +40,13 @@ from snowskin.transport.frames import (
 )
 from snowskin.transport.memory_kind import HOST_KINDS
 from snowskin.transport.ucp.api import Span, UcpFailure
-from snowskin.transport.ucx_conversation import Arrivals, Conversation, Cursor, FairQueue
+from snowskin.transport.ucx_conversation import (
+    Arrivals,
+    Buffers,
+    Conversation,
+    Cursor,
+    FairQueue,
+)
 from snowskin.transport.ucx_settings import CHUNK_NBYTES
 from snowskin.transport.ucx_wire import (
     LEAVING,
@@ -132,11 +139,15 @@ class Session:
     """A reader that this side talks to.
 
     Attributes:
+        num_posted: chunks to it that are in UCX's hands.
+        held: pulls whose turn came while these were as many as may be.
         stopped: ops that were given up before they were asked for: STOP overtook them.
     """
 
     conversation: Conversation
     silence_s: float
+    num_posted: int = 0
+    held: deque[Served] = field(default_factory=deque)
     stopped: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_STOPPED))
     served: dict[int, Served] = field(default_factory=dict)
 
@@ -162,6 +173,7 @@ class Owner:
         self._notify = notify
         self._sessions: dict[bytes, Session] = {}
         self._waiting = FairQueue(len(TrafficClass))
+        self._buffers = Buffers(settings.max_chunks_posted)
         self._num_posted = 0
         self._pumping = False
         self._tick_timer: Timer | None = None
@@ -379,6 +391,9 @@ class Owner:
                 if served is None:
                     return
                 assert isinstance(served, Served), "nothing else is queued"
+                if served.session.num_posted >= self._settings.max_chunks_a_peer:
+                    served.session.held.append(served)
+                    continue
                 served.queued = False
                 if not served.is_over:
                     self._send_chunk(served)
@@ -386,23 +401,36 @@ class Owner:
             self._pumping = False
 
     def _send_chunk(self, served: Served) -> None:
-        grant, cursor = served.grant, served.cursor
+        session, cursor, buffer = served.session, served.cursor, self._buffers.take()
         try:
-            grant.begin_piece(self._now_s())
+            served.grant.begin_piece(self._now_s())
         except TransportError as error:
+            self._buffers.give(buffer)
             self._fail(served, error)
             return
-        position = cursor.position
-        spans = cursor.take(CHUNK_NBYTES, MAX_SPANS)
+        position, begin = cursor.position, int(buffer.ctypes.data)
+        end = begin
+        try:
+            for address, nbytes in cursor.take(CHUNK_NBYTES, MAX_SPANS):
+                ctypes.memmove(end, address, nbytes)
+                end += nbytes
+        finally:
+            served.grant.end_piece()
         self._num_posted += 1
+        session.num_posted += 1
 
         def done() -> None:
-            grant.end_piece()
+            self._buffers.give(buffer)
             self._num_posted -= 1
+            session.num_posted -= 1
+            while session.held:
+                held = session.held.popleft()
+                self._waiting.add(held, held.ask.traffic)
             self._pump()
 
         self._queue(served)
-        served.session.conversation.send_data(served.ask.op, position, spans, done)
+        chunk = Span(begin, end - begin)
+        session.conversation.send_data(served.ask.op, position, (chunk,), done)
 
     def _fail(self, served: Served, error: TransportError) -> None:
         served.session.served.pop(served.ask.op, None)

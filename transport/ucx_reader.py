@@ -16,8 +16,6 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from snowskin.transport.errors import BadFrame, PeerLost, TransportError
 from snowskin.transport.frames import (
     Clear,
@@ -29,10 +27,9 @@ from snowskin.transport.frames import (
     Welcome,
 )
 from snowskin.transport.ucp.api import UcpFailure
-from snowskin.transport.ucx_conversation import Arrivals, Conversation
+from snowskin.transport.ucx_conversation import Arrivals, Buffers, Conversation
 from snowskin.transport.ucx_wire import (
     LEAVING,
-    MAX_DATA_NBYTES,
     ONE_SIDED,
     SESSION_NBYTES,
     Hello,
@@ -71,25 +68,6 @@ def error_of(fail: Fail, peer: str) -> TransportError:
         else f"{peer} refused it ({fail.reason}): {fail.message}",
         retry_after_s=fail.retry_after_ms / 1000 if fail.retry_after_ms else None,
     )
-
-
-class Buffers:
-    """Chunks of memory for what arrived and has not landed, kept for the next transfer."""
-
-    def __init__(self, max_kept: int) -> None:
-        """None yet."""
-        self._kept: collections.deque[Bytes] = collections.deque(maxlen=max_kept)
-
-    def take(self) -> Bytes:
-        """One of `MAX_DATA_NBYTES`."""
-        try:
-            return self._kept.pop()
-        except IndexError:
-            return np.empty(MAX_DATA_NBYTES, dtype=np.uint8)
-
-    def give(self, buffer: Bytes) -> None:
-        """Back."""
-        self._kept.append(buffer)
 
 
 class Mailbox:

@@ -35,6 +35,7 @@ class UcxSettings:
         max_sessions: peers that are served at once.
         max_transfers: of one peer at once.
         max_chunks_posted: over all transfers, in UCX's hands.
+        max_chunks_a_peer: of these, to one peer, which may take none of them.
         get_nbytes: of one one-sided access; a larger run is several.
         max_gets_in_flight: of one transfer.
         connect_timeout_s: from connecting to the owner's first answer.
@@ -53,6 +54,7 @@ class UcxSettings:
     max_sessions: int = 1024
     max_transfers: int = 64
     max_chunks_posted: int = 8
+    max_chunks_a_peer: int = 2
     get_nbytes: int = 4 << 20
     max_gets_in_flight: int = 4
     connect_timeout_s: float = 2.0

@@ -207,7 +207,7 @@ def test_owner_forgets_a_killed_reader_and_its_memory_comes_free(lasting_owner, 
 
 
 def test_reader_that_takes_nothing_cannot_keep_the_owners_memory(lasting_owner):
-    """It is stopped with chunks on their way to it: UCX still reads them, and `revoke` waits for that."""
+    """It is stopped with chunks on their way to it, which UCX keeps; `revoke`, a node's loop mostly, waits for none."""
     descriptor = lasting_owner.describe()
     with TestMemory(NBYTES) as landing, TransferChild("ucx", landing, **IMPATIENT) as child:
         region = child.attach(descriptor)
@@ -216,7 +216,7 @@ def test_reader_that_takes_nothing_cannot_keep_the_owners_memory(lasting_owner):
         child.wait_stopped()
         began_s = time.monotonic()
         lasting_owner.ask("revoke", descriptor=descriptor.to_bytes().hex())
-        assert time.monotonic() - began_s < SILENT_S
+        assert time.monotonic() - began_s < IMPATIENT["stall_s"] / 2
         eventually(lambda: lasting_owner.statistics()["num_connections"] == 0, SILENT_S)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -304,6 +306,56 @@ def test_revoked_grant_stops_a_pull_at_its_next_chunk(stage: OwnerStage) -> None
     assert isinstance(fail, Fail)
     assert fail.reason == "GRANT_REFUSED"
     assert stage.ledger.counts == {"failed": 1}
+
+
+def held_chunks(stage: OwnerStage) -> list[tuple[MessageHead, Any, Any]]:
+    """What UCX has in its hands from now on, since the peer takes nothing: head, spans, and what ends it."""
+    held: list[tuple[MessageHead, Any, Any]] = []
+
+    def send(header: bytes, payload: Any, done: Any, **_: Any) -> None:
+        head = MessageHead.decode(header, 0)
+        if head.kind is DATA:
+            held.append((head, payload, done))
+        else:
+            done(None)
+
+    stage.thread.endpoint.send = send  # type: ignore[method-assign]
+    return held
+
+
+def test_whoever_revokes_does_not_wait_for_chunks_that_ucx_still_holds(stage: OwnerStage) -> None:
+    held = held_chunks(stage)
+    stage.frame(PULL._replace(ranges=(Range(5, 1000), Range(4000, 7))))
+    ((_, spans, done),) = held
+    revoking = threading.Thread(
+        target=stage.grants.revoke, args=(CAPABILITIES[0],), name="revoking", daemon=True
+    )
+    revoking.start()
+    revoking.join(2.0)
+    was_waiting = revoking.is_alive()
+    granted = stage.memory[5:1005].tobytes() + stage.memory[4000:4007].tobytes()
+    stage.memory[:] = 0xA5  # another's by now
+    sent = b"".join(ctypes.string_at(span.address, span.nbytes) for span in spans)
+    done(None)
+    revoking.join(2.0)
+    assert not was_waiting
+    assert sent == granted, "nor do the new owner's bytes go out"
+
+
+def test_peer_that_takes_nothing_leaves_room_for_others(stage: OwnerStage) -> None:
+    held = held_chunks(stage)
+    whole = PULL._replace(ranges=(Range(0, stage.nbytes),))
+    for op in range(1, 20):
+        stage.frame(whole._replace(op=op))
+    assert len(held) == SETTINGS.max_chunks_a_peer < SETTINGS.max_chunks_posted
+    other = b"another reader.."
+    stage.greet(other)
+    stage.hear(FRAME, payload=encode(whole), session=other)
+    assert held[-1][0].session == other
+    others = len(held)
+    for _, _, done in held[:4]:
+        done(None)
+    assert [head.op for head, _, _ in held[others:] if head.session == SESSION] == [1, 2]
 
 
 def test_pull_that_is_given_up_sends_no_more(stage: OwnerStage) -> None:
