@@ -58,7 +58,7 @@ class TransferControl:
         """Of a transfer that has not begun."""
         self.moved_nbytes = 0
         self.cancelled = False
-        self._interrupts: list[Callable[[], None]] = []
+        self._interrupts: list[Callable[[], object]] = []
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
@@ -69,7 +69,7 @@ class TransferControl:
         for interrupt in interrupts:
             interrupt()
 
-    def on_cancel(self, interrupt: Callable[[], None]) -> None:
+    def on_cancel(self, interrupt: Callable[[], object]) -> None:
         """For transports: `cancel` calls `interrupt`, once, from whichever thread; at once if it was called before."""
         with self._lock:
             if not self.cancelled:

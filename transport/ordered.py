@@ -425,11 +425,17 @@ class OrderedTransport(ABC):
         """
         if sum(run[2] for run in order.runs) < self._inline_nbytes:
             return self._transfer(order)
+        assert order.control is not None, "async orders can be cancelled"
         running = self._submit(order)
+        # What no worker has begun by then is given up without one; what has begun looks for itself.
+        order.control.on_cancel(running.cancel)
+        in_time = asyncio.get_running_loop().call_later(
+            max(0.0, order.deadline_s - self.now_s()), running.cancel
+        )
         try:
             return await asyncio.wrap_future(running)
         except asyncio.CancelledError:
-            assert order.control is not None, "async orders can be cancelled"
+            self._check_given_up(order, running)
             order.control.cancel()
             landing = order.local if order.is_pull else order.remote
             if not running.cancelled():  # a transfer that never began leaves nothing behind
@@ -438,6 +444,22 @@ class OrderedTransport(ABC):
                     running.add_done_callback(landing.quarantined.lift)
                 await _settled(running)
             raise
+        finally:
+            in_time.cancel()
+
+    def _check_given_up(
+        self, order: Order, running: concurrent.futures.Future[TransferReport]
+    ) -> None:
+        """Raises why an order was given up that no worker had begun, where its caller's task was not cancelled."""
+        task = asyncio.current_task()
+        if not running.cancelled() or (task is not None and task.cancelling()):
+            return
+        assert order.control is not None, "async orders can be cancelled"
+        error: TransportError = TransferTimedOut("deadline passed while all workers were busy")
+        if order.control.cancelled:
+            error = TransferCancelled("cancelled by the caller")
+        self.count_failure(error)
+        raise error from None
 
     def _transfer(self, order: Order) -> TransferReport:
         """Carries an order out on the calling thread; what fails is counted by kind."""

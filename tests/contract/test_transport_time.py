@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from snowskin.transport.api import RemoteRegion, Run
+from snowskin.transport.api import RemoteRegion, Run, TransferControl
 from snowskin.transport.copying import INLINE_NBYTES
 from snowskin.transport.errors import (
     LandingQuarantined,
     RegionExpired,
+    TransferCancelled,
     TransferTimedOut,
     TransportClosed,
 )
@@ -27,6 +28,10 @@ from tests.support.transport_rigs import FAR_S, LARGE_NBYTES, WAIT_S, Rig, Stuck
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from snowskin.transport.api import Landed, TransferReport
+
+SHARE_NBYTES = 1 << 20  # more than any backend moves on the event loop itself
 
 
 def test_5_deadline_is_looked_at_before_every_piece(rig: Rig) -> None:
@@ -70,6 +75,48 @@ def test_5_grant_counts_from_when_it_was_asked_for(rig: Rig) -> None:
     remote = rig.attach(descriptor, writable=False, asked_at_s=rig.now_s() - 3)
     with pytest.raises(RegionExpired):
         rig.reader.pull(remote, rig.local, [Run(0, 0, 9)], deadline_s=FAR_S)
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_5_and_14_hold_while_all_workers_are_busy(huge: Rig, is_cancelled: bool) -> None:
+    """Neither a deadline nor a cancellation waits for a worker."""
+    remote = huge.attach()
+    control = TransferControl()
+    stuck = [Stuck() for _ in range(huge.backend.num_at_once)]
+
+    def push(landed: Landed, index: int, **values: object) -> asyncio.Future[TransferReport]:
+        offset = index * SHARE_NBYTES
+        return asyncio.ensure_future(
+            huge.reader.push_async(
+                huge.local,
+                remote,
+                [Run(offset, offset, SHARE_NBYTES)],
+                landed=landed,
+                piece_nbytes=SHARE_NBYTES,
+                **{"deadline_s": FAR_S, **values},
+            )
+        )
+
+    moving = [push(one, index) for index, one in enumerate(stuck)]
+    try:
+        for one in stuck:
+            await wait_until(one.reached.is_set)
+        within_s = WAIT_S if is_cancelled else 0.05
+        late = push(
+            lambda *_: None, len(stuck), deadline_s=huge.now_s() + within_s, control=control
+        )
+        await asyncio.sleep(0)
+        if is_cancelled:
+            control.cancel()
+        async with asyncio.timeout(WAIT_S):
+            with pytest.raises(TransferCancelled if is_cancelled else TransferTimedOut):
+                await late
+        counted = huge.reader.statistics()
+        assert (counted.num_cancelled, counted.num_timed_out) == (is_cancelled, not is_cancelled)
+    finally:
+        for one in stuck:
+            one.go.set()
+        await asyncio.gather(*moving)
 
 
 @pytest.mark.parametrize("pulls", [True, False])
