@@ -97,6 +97,7 @@ def _is_number(host: str) -> bool:
 def _looked_up(address: Address, *, flags: int) -> Found:
     try:
         rows = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=flags)
-    except UnicodeError as error:  # a label that is empty or longer than 63: no host can be called so
+    except UnicodeError as error:
+        # A label that is empty or longer than 63: no host can be called so.
         raise socket.gaierror(socket.EAI_NONAME, "this is no host's name") from error
     return tuple((int(family), tuple(target)) for family, _, _, _, target in rows)
