@@ -51,11 +51,11 @@ if TYPE_CHECKING:
     from snowskin.transport.tcp_settings import TcpSettings
 
 WAIT_S = 0.05
+MIN_HEARTBEAT_S = 0.1  # an owner that is less patient than that may end what is idle
 SCRATCH_NBYTES = 64 * 1024 + HEAD_NBYTES
 
 _HEAD = struct.Struct(">BBHIQ")
 _DATA = int(Kind.DATA)
-_DATA_AND_FLAGS = _DATA << 24
 _BULK_SPIN_S = 20e-6
 _IN_VAIN = 2
 _SLEEPS = 8
@@ -175,9 +175,8 @@ class Connection:
         self._flags = socket.MSG_DONTWAIT if polling and not self.is_tls else 0
 
     def wait_at_most(self, remaining_s: float) -> None:
-        """Waits of a blocking connection end when the time does, and after `WAIT_S` anyway."""
-        if not self._polling:
-            self.set_mood(polling=False, wait_s=min(WAIT_S, max(remaining_s, 1e-4)))
+        """From here on calls wait, until the time is over and `WAIT_S` at most."""
+        self.set_mood(polling=False, wait_s=min(WAIT_S, max(remaining_s, 1e-4)))
 
     def next_op(self) -> int:
         """The number of the next transfer, above 0."""
@@ -405,6 +404,8 @@ class Connection:
             if not got:
                 raise PeerLost(f"{self.peer} ended the connection")
             self._end += got
+            if self._end < nbytes:
+                yield  # it may drip for longer than anybody waits
 
     def data_head(self, op: int, most_nbytes: int, *, ahead_nbytes: int = 0) -> Iterator[None]:
         """Waits for the head of a DATA of this transfer; `data_nbytes` says its size.
@@ -494,7 +495,8 @@ class Connection:
         self.welcome = welcome
         self.heartbeat_s = settings.heartbeat_s
         if welcome.idle_timeout_ms:
-            self.heartbeat_s = min(self.heartbeat_s, welcome.idle_timeout_ms / 2000)
+            half_s = welcome.idle_timeout_ms / 2000
+            self.heartbeat_s = min(self.heartbeat_s, max(half_s, MIN_HEARTBEAT_S))
         self.is_reusable = True
 
     # The end.
