@@ -469,6 +469,7 @@ class _Tries:
     def check(self, error: PeerLost, connection: Connection) -> None:
         """Raises `error`, or what made the connection break on this side; else it is worth another one."""
         job, link = self._job, self._link
+        self.end()  # what landed speaks for the path, and only then its break against it
         job.check()
         if connection.was_idle and not job.heard:
             return

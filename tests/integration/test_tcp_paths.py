@@ -10,15 +10,16 @@ import time
 import numpy as np
 import pytest
 
-from snowskin.transport import tcp_dialing
+from snowskin.transport import tcp
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.api import Run, TransferControl
 from snowskin.transport.errors import PeerLost, TransportUnavailable
+from snowskin.transport.frames import Data, encode
 from snowskin.transport.paths import Path
 from snowskin.transport.stripes import Stripes
 from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.tcp_settings import TcpSettings
-from tests.support.raw_tcp import at
+from tests.support.raw_tcp import RawOwner, at, greeted, next_ask
 from tests.support.tls_files import Authority
 from tests.support.waiting import eventually
 
@@ -215,6 +216,42 @@ def test_a_path_that_cannot_be_reached_is_gone_round(two_paths, nbytes):
     assert np.array_equal(two_paths.source[:nbytes], two_paths.target[:nbytes])
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_small_pull_that_stands_still_goes_on_by_another_path(monkeypatch, is_async):
+    monkeypatch.setattr(tcp, "STALL_S", 0.1)
+    monkeypatch.setattr(tcp, "LOOP_WAIT_S", 0.05)
+    payload, asked = bytes(range(250)) * 400, []
+
+    def serve_half(stream):
+        ask = greeted(stream)
+        stream.send(encode(Data(op=ask.op, nbytes=100_000)) + payload[:40_000])
+        stream.is_over(WITHIN_S)
+
+    def serve(stream):
+        asked.append(ask := greeted(stream))
+        ((offset, nbytes),) = ask.ranges
+        stream.send(encode(Data(op=ask.op, nbytes=nbytes)) + payload[offset : offset + nbytes])
+        next_ask(stream)
+
+    def paths_to(found):
+        return [Path(name=str(each), remote_address=str(each)) for each in found.addresses]
+
+    reader, target = TcpTransport(paths_to=paths_to), bytearray(100_000)
+    local = reader.register(target)
+    with RawOwner(serve_half) as stuck, RawOwner(serve) as living:
+        descriptor = at(stuck.descriptor(100_000), stuck.address, living.address)
+        remote, runs = reader.attach(descriptor), [Run(0, 0, 100_000)]
+        deadline_s = time.monotonic() + WITHIN_S
+        if is_async:
+            await reader.pull_async(remote, local, runs, deadline_s=deadline_s)
+        else:
+            reader.pull(remote, local, runs, deadline_s=deadline_s)
+        reader.close()
+    local.close()
+    assert bytes(target) == payload
+    assert asked[0].ranges == ((40_000, 60_000),)
+
+
 def test_where_no_path_leads_anywhere_the_peer_is_lost_by_name(two_paths):
     descriptor = two_paths.owner.describe(two_paths.owned)
     remote = two_paths.reader.attach(at(descriptor, ("127.0.0.3", 9), ("127.0.0.4", 9)))
@@ -240,9 +277,12 @@ def test_one_path_is_tried_with_several_streams_and_the_bytes_are_right():
 def test_only_a_handshake_proves_a_path_and_not_a_connection_that_was_kept(two_paths, monkeypatch):
     proven = []
     reached = Stripes.reached
-    monkeypatch.setattr(
-        Stripes, "reached", lambda *said: proven.append(said[1].path) or reached(*said)
-    )
+
+    def told(stripes, lane, now_s):
+        proven.append(lane.path)
+        reached(stripes, lane, now_s)
+
+    monkeypatch.setattr(Stripes, "reached", told)
     remote = two_paths.attach()
     for _ in range(2):
         two_paths.reader.pull(
@@ -283,7 +323,7 @@ def test_a_path_connects_from_its_own_address_and_nic(monkeypatch):
                 raise PermissionError(errno.EPERM, "not permitted")
             super().setsockopt(*option)
 
-    monkeypatch.setattr(tcp_dialing.socket, "socket", Forbidding)
+    monkeypatch.setattr(socket, "socket", Forbidding)
     assert pulled_by(path)[0] == "127.0.0.9"
 
 

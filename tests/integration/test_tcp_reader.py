@@ -131,6 +131,7 @@ def test_attaching_waits_for_nobody_and_one_connection_serves_one_after_the_othe
         for index in range(5):
             rig.pull(Run(index, index, 100))
         assert (owner.num_connections, rig.statistics.num_connected) == (1, 1)
+        assert (rig.remote.link.gate.num_inside, rig.remote.link.gate.nbytes_inside) == (0, 0)
 
 
 def test_a_connection_that_died_in_the_pool_is_replaced_once_in_silence():
