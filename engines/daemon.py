@@ -35,6 +35,7 @@ from snowskin.kvstore.role import Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
 from snowskin.kvstore.telemetry import HealthServer, get_logger
 from snowskin.kvstore.transport_metrics import TransportMetrics
+from snowskin.transport.choice import TCP, UCX
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -105,6 +106,8 @@ class EngineSettings(DataSettings):
             raise BadSetting("no model is named", hint="give --model DIR, a model's directory")
         if not self.node:
             raise BadSetting("no node is named", hint="give --node unix:/path, or host:port")
+        if self.transport == UCX:
+            self.check_ucx(self.host)
         if not 0.0 < self.lookup_budget_s <= 60.0:
             raise BadSetting(
                 f"lookup_budget_s is {self.lookup_budget_s}", hint="give seconds, 0.01 is usual"
@@ -163,7 +166,14 @@ async def serve_engine(settings: EngineSettings, stop: Stop, *, verify: bool = T
     config = ModelConfig.from_directory(settings.model)  # before torch: this fails fast
     _set_threads(_num_threads(settings))
 
-    transports = ClientTransports(settings.transport, name=instance_id, tls=settings.tls_files())
+    transports = ClientTransports(
+        settings.transport,
+        name=instance_id,
+        tls=settings.tls_files(),
+        ucx=settings.ucx_settings(settings.host),
+        # Who may not listen beyond loopback meets no hardware by UCX.
+        auto=(TCP,) if settings.ucx_stays_here(settings.host) else (UCX, TCP),
+    )
 
     async def connect(address: str) -> StoreClient:
         return await StoreClient.connect(

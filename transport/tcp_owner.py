@@ -197,7 +197,7 @@ def _reachability(
     bound: list[tuple[Address, socket.socket]], settings: TcpSettings
 ) -> Reachability:
     addresses = [
-        Address(told.host, told.port or int(bound[index][1].getsockname()[1]))
+        Address(told.host, told.port or int(bound[min(index, len(bound) - 1)][1].getsockname()[1]))
         for index, told in enumerate(settings.advertise or settings.listen)
     ]
     return Reachability(addresses=tuple(addresses), tls=settings.tls is not None)

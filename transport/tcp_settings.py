@@ -75,7 +75,7 @@ class TcpSettings:
     Attributes:
         listen: where the owner binds, port 0 = any free one; empty: this side only reads.
         advertise: under which addresses peers find it, the preferred one first, port 0 = the one bound in
-            the same place of `listen`; empty: as bound.
+            the same place of `listen`, or in its last; empty: as bound.
         epoch: of this owner, told in WELCOME.
         backlog: connections that the kernel keeps until they are accepted.
         max_connections: open at once on the owner's side.
@@ -178,9 +178,6 @@ class TcpSettings:
             raise TransportUnavailable(f"tcp: at most {MAX_ADDRESSES} addresses can be told")
         if self.advertise and not self.listen:
             raise TransportUnavailable("tcp: what is advertised must be listened on as well")
-        for index, address in enumerate(self.advertise):
-            if not address.port and index >= len(self.listen):
-                raise TransportUnavailable(f"tcp: nothing is bound whose port {address} could take")
         for address in self.advertise or self.listen:
             if _is_wildcard(address.host):
                 raise TransportUnavailable(

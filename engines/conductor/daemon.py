@@ -35,6 +35,7 @@ from snowskin.engines.conductor.state import ConductorState
 from snowskin.engines.model.config import ModelConfig
 from snowskin.engines.model.tokenizer import Tokenizer
 from snowskin.kvstore.client.store import StoreClient
+from snowskin.kvstore.client.transports import SLOW_PATH, ClientTransports
 from snowskin.kvstore.client.watch import watch
 from snowskin.kvstore.clock import SystemClock
 from snowskin.kvstore.config import setting
@@ -53,6 +54,8 @@ ROLE = "conductor"
 UPKEEP_INTERVAL_S = 1.0
 MISSED_REPORTS = 3  # after so many an instance is suspect
 CLOSE_GRACE_S = 1.0
+# It asks and tells and moves no bytes: nothing is to be opened for its leases.
+NO_BYTES = ClientTransports(SLOW_PATH)
 
 log = get_logger(__name__)
 
@@ -277,7 +280,9 @@ def _served_model(settings: ConductorSettings) -> ServedModel:
 
 
 async def _connect(address: str) -> StoreClient:
-    return await StoreClient.connect(address, client_name=ROLE, access=Access.READ)
+    return await StoreClient.connect(
+        address, client_name=ROLE, access=Access.READ, transports=NO_BYTES
+    )
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

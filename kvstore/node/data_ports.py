@@ -7,7 +7,6 @@ transport that was named and cannot be had ends the start.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,18 +15,25 @@ from snowskin.kvstore.config import check_bind, setting
 from snowskin.kvstore.data_settings import DataSettings
 from snowskin.kvstore.errors import AddressInUse, BadSetting
 from snowskin.kvstore.role import MAX_PORT
-from snowskin.transport.addresses import Address
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.addresses import MAX_ADDRESSES, Address
+from snowskin.transport.choice import SHM, TCP, UCX
 from snowskin.transport.errors import BadDescriptor, TransportUnavailable
-from snowskin.transport.registry import open_transport
+from snowskin.transport.host_probe import read_host
+from snowskin.transport.routes import advertised, is_everywhere
 from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.ucx import UcxTransport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from snowskin.transport.api import Transport
+    from snowskin.transport.topology import HostFacts
 
-TRANSPORTS = ("shm", "tcp", "ucx")
+TRANSPORTS = (SHM, TCP, UCX)
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,7 @@ class DataPlaneSettings(DataSettings):
     """How a node's blocks can be reached."""
 
     transports: tuple[str, ...] = setting(
-        ("shm", "tcp"),
+        (SHM, TCP),
         help="How bytes may go: shm by the local door; tcp, ucx between hosts. Repeat for each.",
     )
     data_host: str = setting(
@@ -45,7 +51,7 @@ class DataPlaneSettings(DataSettings):
     data_advertise: tuple[str, ...] = setting(
         (),
         help="HOST or HOST:PORT under which other hosts reach the data plane, the best one first; "
-        "as bound if none, and the host's name if bound everywhere.",
+        "as bound if none, and every NIC's address if bound everywhere.",
     )
 
     def __post_init__(self) -> None:
@@ -59,25 +65,32 @@ class DataPlaneSettings(DataSettings):
                 raise BadSetting(
                     f"transports names {name!r}", hint=f"known are {', '.join(TRANSPORTS)}"
                 )
-        self.advertised()
+        self.told()
+        if UCX in self.transports:
+            self.check_ucx(self.data_address)
 
     @property
     def data_address(self) -> str:
         """What the data plane listens on."""
         return self.data_host or self.host
 
-    def advertised(self) -> tuple[Address, ...]:
-        """Where others reach the data plane, port 0 for the bound one; none: as bound."""
-        told = self.data_advertise
-        if not told and _is_everywhere(self.data_address):
-            told = (socket.gethostname(),)
-        addresses = tuple(_address(each, self.data_port) for each in told)
-        if not all(port for _, port in addresses[1:]):
-            raise BadSetting(
-                f"data_advertise names {len(addresses)} addresses, and the port is not known beforehand",
-                hint="give --data-port, or say HOST:PORT",
-            )
-        return addresses
+    def told(self) -> tuple[Address, ...]:
+        """What the operator says of where others reach the data plane, port 0 for the bound one."""
+        return tuple(_address(each, self.data_port) for each in self.data_advertise)
+
+    def advertised(self, facts: HostFacts) -> tuple[Address, ...]:
+        """Where others reach the data plane, port 0 for the bound one; none: as bound.
+
+        Bound everywhere and nothing told, these are the addresses of the host's NICs, the fast ones first; of a host
+        without, its name.
+        """
+        told = self.told()
+        if told or not is_everywhere(self.data_address):
+            return told
+        bound = Address(self.data_address, self.data_port or 1)
+        rows = advertised([bound], (), facts)[:MAX_ADDRESSES]
+        hosts = [row.address.host for row in rows] or [socket.gethostname()]
+        return tuple(Address(host, self.data_port) for host in hosts)
 
 
 def open_transports(settings: DataPlaneSettings, *, epoch: int) -> list[Transport]:
@@ -88,10 +101,10 @@ def open_transports(settings: DataPlaneSettings, *, epoch: int) -> list[Transpor
     """
     opened: list[Transport] = []
     try:
-        if "tcp" in settings.transports:
+        if TCP in settings.transports:
             opened.append(_open_tcp(settings, epoch))
-        if "ucx" in settings.transports:
-            opened.append(open_transport("ucx"))
+        if UCX in settings.transports:
+            opened.append(_open_ucx(settings))
     except BaseException:
         for transport in opened:
             transport.close()
@@ -105,7 +118,7 @@ def _open_tcp(settings: DataPlaneSettings, epoch: int) -> TcpTransport:
         return TcpTransport(
             TcpSettings(
                 listen=(bound,),
-                advertise=settings.advertised(),
+                advertise=settings.advertised(read_host()),
                 epoch=epoch,
                 tls=settings.tls_files(),
             )
@@ -118,6 +131,13 @@ def _open_tcp(settings: DataPlaneSettings, epoch: int) -> TcpTransport:
                 hint="choose another --data-port, or 0 for a free one",
             ) from error
         raise
+
+
+def _open_ucx(settings: DataPlaneSettings) -> UcxTransport:
+    opened = UcxTransport(settings.ucx_settings(settings.data_address))
+    devices = settings.ucx_devices(settings.data_address) or "all"
+    log.info("ucx listens", interfaces=devices, trusted_network=settings.trusted_network)
+    return opened
 
 
 def shown_addresses(transports: Sequence[Transport]) -> str:
@@ -139,10 +159,3 @@ def _address(text: str, port: int) -> Address:
         raise BadSetting(
             f"data_advertise: {error.message}", hint="give HOST or HOST:PORT, IPv6 in brackets"
         ) from error
-
-
-def _is_everywhere(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False  # a name

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from snowskin.engines.conductor.daemon import _connect as connect_as_conductor
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.client.transports import ClientTransports
 from snowskin.kvstore.messages import (
@@ -430,3 +431,16 @@ async def test_a_node_that_started_anew_refuses_the_grants_of_its_former_life(wi
         with pytest.raises(GrantRefused):
             holder.pull(before.lease, *place(before))
         holder.pull(after.lease, *place(after))
+
+
+async def test_nothing_is_opened_for_the_conductor_which_moves_no_bytes(wire):
+    async with node_and_client(wire) as (node, client):
+        await Holder(client).published(1, 2)
+        async with await connect_as_conductor(node.address) as conductor:
+            assert conductor.way.scheme == "grpc"
+            request = MatchRequest(namespaces=(NAMESPACE,), keys=keys_of(1, 2))
+            matched = await conductor._connection.call(
+                request, timeout_s=2, lease=None, request_id=""
+            )
+            assert matched.num_blocks == 2
+            assert matched.lease.regions == ()

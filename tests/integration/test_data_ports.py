@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from snowskin.engines.daemon import EngineSettings
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.client.transports import ClientTransports
 from snowskin.kvstore.errors import AddressInUse, BadSetting, InsecureAddress, NodeUnavailable
@@ -20,6 +22,9 @@ from snowskin.kvstore.node.data_ports import open_transports
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import TransportError, TransportUnavailable
+from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.topology import HostFacts, Nic, NicAddress
 from tests.support.roles import running
 from tests.support.store_drivers import keys_of, namespace_of, noise
 from tests.support.tls_files import Authority
@@ -151,7 +156,7 @@ async def test_ucx_is_taken_where_it_is_demanded_and_by_nobody_else():
         ({"data_port": 70_000}, BadSetting, "data_port is 70000"),
         ({"data_host": "192.0.2.1"}, InsecureAddress, "192.0.2.1"),
         ({"data_advertise": ("a:b:c",)}, BadSetting, "data_advertise"),
-        ({"data_advertise": ("one", "two")}, BadSetting, "--data-port"),
+        ({"transports": ("ucx",), "ucx_net_devices": "lo,eth0"}, InsecureAddress, "lo,eth0"),
         ({"data_tls_key": "/k.pem"}, BadSetting, "1 of 3"),
     ],
     ids=lambda each: str(each) if isinstance(each, dict) else "",
@@ -161,13 +166,67 @@ def test_what_cannot_work_is_refused_before_anything_is_opened(settings, refused
         NodeSettings(**settings)
 
 
-def test_who_listens_everywhere_says_the_hosts_name():
+ETH0 = Nic(
+    name="eth0",
+    is_up=True,
+    addresses=(NicAddress(host="192.0.2.7", prefix=24), NicAddress(host="fd00::7", prefix=64)),
+)
+
+
+def test_who_listens_everywhere_says_its_nics_addresses_or_its_name():
     settings = NodeSettings(host="0.0.0.0", insecure=True, data_port=7110)
     assert settings.data_address == "0.0.0.0"
-    assert settings.advertised() == (Address(socket.gethostname(), 7110),)
-    assert NodeSettings(data_advertise=("[fd00::1]",), data_port=1).advertised() == (
-        Address("fd00::1", 1),
-    )
+    box = HostFacts(nics=(ETH0,))
+    assert settings.advertised(box) == (Address("192.0.2.7", 7110),)
+    assert settings.advertised(HostFacts()) == (Address(socket.gethostname(), 7110),)
+    both = NodeSettings(host="::", insecure=True)
+    assert both.advertised(box) == (Address("192.0.2.7", 0), Address("fd00::7", 0))
+    told = NodeSettings(host="::", insecure=True, data_advertise=("[fd00::1]",), data_port=1)
+    assert told.advertised(box) == (Address("fd00::1", 1),)
+    assert NodeSettings().advertised(box) == ()
+
+
+def test_all_addresses_that_are_told_have_the_port_that_was_bound():
+    with closing(
+        TcpTransport(
+            TcpSettings(
+                listen=(Address("0.0.0.0", 0),),
+                advertise=(Address("192.0.2.7", 0), Address("fd00::7", 0), Address("far", 9)),
+            )
+        )
+    ) as owner:
+        first, second, told = owner.reachability.addresses
+        assert first.port == second.port > 0
+        assert told == Address("far", 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "devices"),
+    [
+        ({}, "", "lo"),
+        ({"host": "0.0.0.0", "insecure": True}, "", ""),
+        ({"host": "0.0.0.0", "insecure": True, "data_host": "::1"}, "", "lo"),
+        ({"ucx_net_devices": "mlx5_0:1", "insecure": True}, "", "mlx5_0:1"),
+        ({"ucx_net_devices": "mlx5_0:1"}, "lo", "lo"),
+        ({"insecure": True}, "eth0", "eth0"),
+    ],
+)
+def test_ucx_listens_where_its_node_does(settings, environment, devices, monkeypatch):
+    monkeypatch.setenv("UCX_NET_DEVICES", environment)
+    made = NodeSettings(transports=("ucx",), trusted_network=True, ucx_tls="tcp", **settings)
+    ucx = made.ucx_settings(made.data_address)
+    assert (ucx.net_devices, ucx.tls, ucx.trusted_network) == (devices, "tcp", True)
+
+
+def test_ucx_beyond_loopback_is_refused_to_whoever_uses_it_without_insecure(monkeypatch):
+    monkeypatch.setenv("UCX_NET_DEVICES", "eth0")
+    NodeSettings()
+    with pytest.raises(InsecureAddress, match="eth0"):
+        NodeSettings(transports=("tcp", "ucx"))
+    engine = EngineSettings(model="/m", node="unix:/d")
+    replace(engine, transport="ucx", insecure=True)
+    with pytest.raises(InsecureAddress, match="eth0"):
+        replace(engine, transport="ucx")
 
 
 def test_a_taken_port_and_missing_files_end_the_start():

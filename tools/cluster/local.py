@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.errors import BadSetting
+from snowskin.kvstore.node.data_ports import TRANSPORTS
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.tools.cluster.child import Forward, Ready
 from snowskin.tools.cluster.directory import ClusterDirectory
@@ -30,10 +31,11 @@ from snowskin.tools.cluster.ports import pick_port
 from snowskin.tools.cluster.supervised import ChildSpec, Supervised
 from snowskin.tools.cluster.up_settings import DEFAULT_CONDUCTOR_PORT, UpSettings
 from snowskin.tools.kvctl.admin import AdminClient
+from snowskin.transport.choice import UCX
 from snowskin.transport.errors import SnowskinError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
 MAIN_MODULE = "snowskin.tools.cluster.main"
@@ -342,9 +344,23 @@ class LocalCluster:
                 *("--dram-nbytes", str(settings.dram_nbytes)),
                 *("--port", str(_port((previous or Ready()).address, settings.host))),
                 *("--http-port", "0"),
+                *self._ucx_arguments(),
+                *(_repeated("--transports", TRANSPORTS) if settings.transport == UCX else ()),
             ]
 
         return self._spec(name, "node", command)
+
+    def _ucx_arguments(self) -> list[str]:
+        """Of nodes and engines; nothing where nothing was said."""
+        settings = self.settings
+        arguments = []
+        if settings.ucx_net_devices:
+            arguments += ["--ucx-net-devices", settings.ucx_net_devices]
+        if settings.ucx_tls:
+            arguments += ["--ucx-tls", settings.ucx_tls]
+        if settings.trusted_network:
+            arguments.append("--trusted-network")
+        return arguments
 
     def _conductor(self) -> ChildSpec:
         settings = self.settings
@@ -385,6 +401,7 @@ class LocalCluster:
                 *("--chunk-tokens", str(settings.chunk_tokens)),
                 *("--kv-memory-nbytes", str(settings.kv_memory_nbytes)),
                 *("--transport", settings.transport),
+                *self._ucx_arguments(),
                 *("--port", "0", "--http-port", "0"),
             ]
 
@@ -393,6 +410,10 @@ class LocalCluster:
         return self._spec(
             name, role, command, module=self._engine_module, environment=threads_environment
         )
+
+
+def _repeated(flag: str, values: Iterable[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)]
 
 
 def _check_model(model: str) -> None:

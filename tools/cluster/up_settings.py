@@ -28,6 +28,11 @@ class UpSettings:
     transport: TransportChoice = setting(
         "auto", help="How blocks travel between engines and nodes; that one or none, auto the best."
     )
+    ucx_net_devices: str = setting("", help="Interfaces that UCX uses, where it is demanded.")
+    ucx_tls: str = setting("", help="Transports of UCX; it chooses itself if empty.")
+    trusted_network: bool = setting(
+        False, help="Let UCX reach memory one-sidedly over any network; see `snowskin node --help`."
+    )
     host: str = setting("127.0.0.1", help="Address that every role listens on.")
     insecure: bool = setting(False, help="Allow an address beyond loopback without credentials.")
     http_port: int = setting(8000, help="Port of the OpenAI-compatible HTTP; 0 takes a free one.")

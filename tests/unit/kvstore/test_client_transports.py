@@ -27,6 +27,7 @@ from snowskin.transport.host_probe import read_host
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import Memfd, region_of
 from snowskin.transport.runs import Run
+from snowskin.transport.tcp import TcpTransport
 from tests.support.served_node import stat_of
 
 FAR = HostIdentity(host=b"f" * 16, process=b"f" * 16, pid_namespace=1, net_namespace=1)
@@ -120,7 +121,12 @@ def test_this_host_is_looked_at_once_and_ucx_tried_only_for_nodes_with_hardware(
     ucx_here, monkeypatch
 ):
     looks = []
-    monkeypatch.setattr(transports_module, "read_host", lambda: looks.append(1) or read_host())
+
+    def look():
+        looks.append(1)
+        return read_host()
+
+    monkeypatch.setattr(transports_module, "read_host", look)
     transports = opened()
     transports.ways_to(told("tcp", "ucx"), node="n")
     assert ucx_here == []
@@ -162,7 +168,9 @@ def test_ways_lead_over_what_the_node_said_of_its_addresses(ucx_here):
     stat = told("tcp", identity=HERE, host="127.0.0.1")
     transports = ClientTransports("tcp")
     ways = transports.ways_to(stat, node="n")
-    link = transports.get("tcp")._connections.link(
+    reader = transports.get("tcp")
+    assert isinstance(reader, TcpTransport)
+    link = reader._connections.link(
         Reachability(addresses=(Address("192.0.2.9", 7110), Address("127.0.0.1", 7110)))
     )
     assert link.path_names == tuple(path.name for path in ways.choice.paths)
@@ -200,13 +208,14 @@ def test_what_connections_of_the_past_moved_is_counted_still():
     with Arena(4096, name="a", tenant="t") as arena:
         fd = arena.open_read_write()
         memfd = Memfd(fd=fd)
+        mapped = transports.new_map()
         for nbytes in (10, 20, 30):
-            mapped = transports.new_map()
             region = mapped.register(memfd)
             remote = mapped.attach(mapped.describe(region), fd=fd)
             mapped.pull(remote, landing, [Run(0, 0, nbytes)], deadline_s=time.monotonic() + 5)
             if nbytes < 30:
                 mapped.close()
+                mapped = transports.new_map()
         counted = transports.statistics()["shm"]
         assert (counted.num_pulls, counted.pulled_nbytes) == (3, 60)
         assert counted.nbytes_by_traffic == (60, 0, 0)

@@ -62,7 +62,7 @@ def shown(stat=STAT):
         metrics,
         lambda: stat,
         door=door,
-        watchers=Watchers(),
+        watchers=Watchers(),  # type: ignore[arg-type]
         slow_path=SlowPath(),
     )
     return {

@@ -6,12 +6,16 @@ import logging
 import signal
 import subprocess
 import sys
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 from click.testing import CliRunner
 
 from snowskin.kvstore.errors import BadSetting
 from snowskin.tools.cluster import up
+from snowskin.tools.cluster.child import Ready
+from snowskin.tools.cluster.local import LocalCluster
 from snowskin.tools.cluster.main import COMMANDS, cli
 from snowskin.tools.cluster.up_settings import UpSettings
 
@@ -135,3 +139,36 @@ except Interrupted as error:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=30
     ).stdout
     assert out.splitlines() == ["hurried", f"{number.name} {number.value}"]
+
+
+def commands_of(tmp_path, **settings):
+    """What a cluster of one of each would start, by role."""
+    cluster = LocalCluster(UpSettings(model="m", **settings))
+    ready = Ready(address="127.0.0.1:1", door="unix:/d")
+    with (
+        mock.patch.object(LocalCluster, "_path", tmp_path),
+        mock.patch.object(LocalCluster, "nodes", (ready,)),
+        mock.patch.object(LocalCluster, "conductor_address", "127.0.0.1:2"),
+    ):
+        specs = [cluster._node(0), cluster._engine("decode")]
+        return [list(spec.command(ready)) for spec in specs]
+
+
+def flags(command, name):
+    return [value for flag, value in pairwise(command) if flag == name]
+
+
+def test_up_passes_on_how_bytes_are_to_travel(tmp_path):
+    node, engine = commands_of(
+        tmp_path, transport="ucx", ucx_net_devices="mlx5_0:1", ucx_tls="rc", trusted_network=True
+    )
+    assert flags(node, "--transports") == ["shm", "tcp", "ucx"]
+    for command in (node, engine):
+        assert flags(command, "--ucx-net-devices") == ["mlx5_0:1"]
+        assert flags(command, "--ucx-tls") == ["rc"]
+        assert "--trusted-network" in command
+    assert flags(engine, "--node") == ["127.0.0.1:1"]
+    node, engine = commands_of(tmp_path)
+    assert not [word for word in node + engine if "ucx" in word or "trusted" in word]
+    assert flags(node, "--transports") == []
+    assert flags(engine, "--node") == ["unix:/d"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -110,8 +111,13 @@ def test_configured_addresses_are_taken_side_by_side_where_families_match():
 def test_the_host_is_looked_at_when_first_needed_and_again_after_a_minute(monkeypatch):
     looks = []
     now = [100.0]
-    monkeypatch.setattr(tcp_routes.time, "monotonic", lambda: now[0])
-    routes = TcpRoutes(facts=lambda: looks.append(1) or BOX)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def look():
+        looks.append(1)
+        return BOX
+
+    routes = TcpRoutes(facts=look)
     routes(to("127.0.0.1"))
     assert looks == []
     for _ in range(2):

@@ -19,7 +19,6 @@ HERE = Address("192.0.2.1", 0)
         {"listen": (Address("", 0),)},
         {"listen": (HERE,), "advertise": (Address("0.0.0.0", 5),)},
         {"advertise": (Address("node-7", 4711),)},
-        {"listen": (HERE,), "advertise": (Address("node-7", 5), Address("node-7", 0))},
         {"listen": (HERE,) * 17},
         {"chunk_nbytes": 0},
         {"chunk_nbytes": (16 << 20) + 1},
