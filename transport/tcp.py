@@ -11,7 +11,6 @@ listen; the reader's is `tcp_reader.py` over `tcp_connections.py`.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -38,8 +37,10 @@ from snowskin.transport.tcp_lanes import StripedPull
 from snowskin.transport.tcp_owner import TcpOwner
 from snowskin.transport.tcp_reader import Job, check_note, is_plain, pull, pull_run, push
 from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.workers import PriorityWorkers
 
 if TYPE_CHECKING:
+    import concurrent.futures
     from collections.abc import Callable, Iterator, Sequence
 
     from snowskin.transport.api import TransferReport, TransportStatistics
@@ -49,7 +50,8 @@ if TYPE_CHECKING:
     from snowskin.transport.tcp_connections import PathsTo
 
 INLINE_NBYTES = 1 << 20
-NUM_THREADS = 16
+NUM_LANES = 16
+NUM_DIALING = 64  # more than transfers to one owner: one that is gone holds up nobody else's
 LOOP_WAIT_S = 1.0
 
 
@@ -114,7 +116,8 @@ class TcpTransport(OrderedTransport):
         self._settings = settings or TcpSettings()
         self._loop_nbytes = inline_nbytes
         self._connections = Connections(self._settings, paths_to)
-        self._connecting: concurrent.futures.ThreadPoolExecutor | None = None
+        self._dialing = PriorityWorkers(NUM_DIALING, name="snowskin-tcp-dial")
+        self._lanes = PriorityWorkers(NUM_LANES, name="snowskin-tcp-lane")
         self._owner: TcpOwner | None = None
         if self._settings.listen:
             self._owner = TcpOwner(self.grants, self._settings, self, now_s=now_s)
@@ -221,10 +224,8 @@ class TcpTransport(OrderedTransport):
         if self._owner is not None:
             self._owner.close()
         self._connections.close()
-        with self._lock:
-            threads, self._connecting = self._connecting, None
-        if threads is not None:
-            threads.shutdown(wait=True)
+        self._dialing.close()
+        self._lanes.close()
         super().close()
 
     # One transfer.
@@ -264,7 +265,7 @@ class TcpTransport(OrderedTransport):
             job,
             runs,
             max_streams=self._settings.max_streams,
-            begin=lambda lane: self._threads().submit(lane),
+            begin=functools.partial(self._lanes.submit, urgency=job.order.traffic),
         )
         striped.run()
         if last is not None:
@@ -383,23 +384,20 @@ class TcpTransport(OrderedTransport):
 
     async def _connect_async(self, link: Link, job: Job) -> Connection:
         """A new connection, made in a thread; one that is not wanted any more goes to the pool."""
-        connecting = self._threads().submit(link.connect_any, job)
+        dialing = self._dialing.submit(
+            functools.partial(link.connect_any, job), urgency=job.order.traffic
+        )
+        connecting = asyncio.wrap_future(dialing)
         try:
-            return await asyncio.wrap_future(connecting)
-        except asyncio.CancelledError:
+            while not connecting.done():  # it may wait for a thread, which nobody interrupts
+                await asyncio.wait([connecting], timeout=min(job.check(), LOOP_WAIT_S))
+        except BaseException:
             job.abandoned = True
-            if not connecting.cancelled():
-                connecting.add_done_callback(functools.partial(_keep_unwanted, link))
+            connecting.cancel()
+            if not dialing.cancelled():
+                dialing.add_done_callback(functools.partial(_keep_unwanted, link))
             raise
-
-    def _threads(self) -> concurrent.futures.ThreadPoolExecutor:
-        with self._lock:
-            self.check_open()
-            if self._connecting is None:
-                self._connecting = concurrent.futures.ThreadPoolExecutor(
-                    NUM_THREADS, thread_name_prefix="snowskin-tcp-lane"
-                )
-            return self._connecting
+        return connecting.result()
 
     def _leave(self, region: AttachedTcpRegion) -> None:
         """Ends what uses a region that was closed."""
@@ -476,7 +474,8 @@ class _Tries:
         if link.has_many_paths:
             link.failed(connection.path.name)
         has_way = job.landed_nbytes > self._landed_nbytes or link.has_many_paths
-        if not has_way or not self._num_left:
+        # Where only the note is missing, there is nothing left that could be asked for to bring it.
+        if not has_way or not self._num_left or job.landed_nbytes == self._nbytes:
             raise error
         self._num_left -= 1
 

@@ -271,6 +271,8 @@ def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None
         yield from _land(connection, job, part)
         if note and is_last:
             job.check_grant()
+            if connection.is_dead():  # it would go nowhere, and nothing would say so
+                raise PeerLost(f"{connection.peer} has ended the connection before the note")
             yield from connection.send_all([encode(Done(op=connection.last_op, note=note))])
         connection.is_reusable = not connection.num_ahead
 

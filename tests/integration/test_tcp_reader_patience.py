@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.api import Run
-from snowskin.transport.errors import TransferTimedOut
+from snowskin.transport.errors import PeerLost, TransferTimedOut
 from snowskin.transport.frames import Data, Fail, Hello, Ping, encode
-from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp import NUM_DIALING, TcpTransport
 from snowskin.transport.tcp_connection import MIN_HEARTBEAT_S
-from tests.support.raw_tcp import WELCOME, RawOwner, greeted, next_ask
+from tests.support.raw_tcp import WELCOME, RawOwner, changed, greeted, next_ask
 
 NBYTES, WITHIN_S = 4096, 5.0
 RUNS = [Run(0, 0, 1000)]
@@ -106,3 +110,79 @@ def test_an_owner_without_any_patience_makes_nobody_speak_without_end():
         rig.pull()
         time.sleep(0.5)
         assert num_pings <= 0.5 / (0.75 * MIN_HEARTBEAT_S)
+
+
+@contextlib.contextmanager
+def nowhere():
+    """An address that answers nobody: a listener that is full."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield Reachability(addresses=(Address(*listener.getsockname()),)).to_bytes()
+
+
+@pytest.mark.parametrize("num_lost", [1, NUM_DIALING])
+def test_owners_that_cannot_be_reached_hold_up_nobody_beyond_the_deadline(num_lost):
+    """16 pulls of one such owner: a living one is reached at once. Of very many: the deadline holds."""
+
+    def serve(stream):
+        if (ask := greeted(stream)) is not None:
+            answer(stream, ask)
+
+    async def pull(rig, remote, within_s):
+        deadline_s = time.monotonic() + within_s
+        await rig.transport.pull_async(remote, rig.local, RUNS, deadline_s=deadline_s)
+
+    async def pull_behind_the_lost(rig, lost):
+        lost = [rig.transport.attach(each) for each in lost]
+        dialing = [asyncio.ensure_future(pull(rig, each, 1.0)) for each in lost]
+        await asyncio.sleep(0.05)
+        began_s = time.monotonic()
+        with contextlib.suppress(TransferTimedOut):
+            await pull(rig, rig.remote, 0.2)
+        took_s = time.monotonic() - began_s
+        for each in lost:
+            each.close()
+        await asyncio.gather(*dialing, return_exceptions=True)
+        return took_s
+
+    with RawOwner(serve) as owner, Rig(owner) as rig, nowhere() as extra:
+        found = Reachability.from_bytes(extra).addresses[0]
+        lost = [
+            # Ports beside each other would be others' own; more addresses make it another owner.
+            Reachability(addresses=(found,) * (1 + index % 16)).to_bytes()
+            for index in range(num_lost)
+        ]
+        descriptors = [changed(owner.descriptor(NBYTES), extra=each) for each in lost]
+        if num_lost == 1:
+            descriptors *= 16
+        assert asyncio.run(pull_behind_the_lost(rig, descriptors)) < 0.4
+
+
+@pytest.mark.parametrize("way", ["reset", "end"])
+def test_a_note_that_its_owner_does_not_wait_for_is_no_success(way):
+    has_ended = threading.Event()
+
+    def serve(stream):
+        if (ask := greeted(stream)) is not None:
+            answer(stream, ask)
+            stream.reset() if way == "reset" else stream.socket.shutdown(socket.SHUT_RDWR)
+        has_ended.set()
+
+    def landed(_offset, _nbytes):
+        assert has_ended.wait(WITHIN_S)
+        time.sleep(0.02)
+
+    with RawOwner(serve) as owner, Rig(owner) as rig, pytest.raises(PeerLost):
+        rig.transport.pull(
+            rig.remote,
+            rig.local,
+            RUNS,
+            deadline_s=time.monotonic() + WITHIN_S,
+            note=b"all here",
+            landed=landed,
+        )
