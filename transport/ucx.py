@@ -132,7 +132,7 @@ class UcxTransport(OrderedTransport):
         self._under_way: set[Mailbox] = set()
         self._owner = Owner(self._progress_thread, settings, self.grants, self, now_s, self._notify)
         self._reader = Reader(self._progress_thread, settings)
-        self._thread = ProgressThread(context, worker)
+        self._thread = ProgressThread(context, worker, last=self._end)
         self._registrations = Registrations(self._thread)
         log.info(
             "ucx: UCX %s by %s, one-sided %s", context.version, context.binding, self.is_one_sided
@@ -224,6 +224,12 @@ class UcxTransport(OrderedTransport):
             self._carry_out_batch(part, region, before_nbytes)
             before_nbytes += sum(run[2] for run in runs)
 
+    def check_open(self) -> None:
+        """Raises TransportClosed after `close`, and where UCX failed: then the log says why."""
+        super().check_open()
+        if self._thread.ended:
+            raise TransportClosed("UCX failed under transport ucx, which moves nothing any more")
+
     def statistics(self) -> TransportStatistics:
         """The counters, as of now."""
         return replace(
@@ -245,7 +251,7 @@ class UcxTransport(OrderedTransport):
         for mailbox in list(self._under_way):
             mailbox.wake()
         super().close()
-        self._thread.stop(self._end)
+        self._thread.stop()
         with self._lock_of_listeners:
             listeners, self._listeners = self._listeners, None
         if listeners is not None:
@@ -264,7 +270,7 @@ class UcxTransport(OrderedTransport):
         ended = False
         try:
             if not self._thread.post(functools.partial(self._reader.begin, mailbox)):
-                self.check_open()
+                raise TransportClosed("transport ucx is closed, or UCX failed under it")
             if one_sided:
                 self._move_one_sided(mailbox, region, look)
             elif order.is_pull:

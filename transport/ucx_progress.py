@@ -2,7 +2,7 @@
 
 Rules kept here: every call on a worker is made here; other threads hand in work and are never called back under a lock
 of theirs; nothing that runs here waits; idle it uses no CPU. It looks at its work after every few turns of UCX, so that
-bulk bytes do not delay a cancellation.
+bulk bytes do not delay a cancellation. Where UCX itself fails under it, it ends as if it had been stopped, and says so.
 
 UCX's event descriptor is level-triggered only after `arm`, and `arm` says False where events came in between: then it
 makes progress again before it sleeps.
@@ -52,10 +52,13 @@ class Timer:
 class ProgressThread:
     """Owns a context and its worker, and closes both at its end."""
 
-    def __init__(self, context: UcpContext, worker: UcpWorker) -> None:
-        """Starts at once."""
+    def __init__(
+        self, context: UcpContext, worker: UcpWorker, *, last: Callable[[], object]
+    ) -> None:
+        """Starts at once; `last` is done before worker and context are closed, whatever ends the thread."""
         self.context = context
         self.worker = worker
+        self._last = last
         self._work: collections.deque[Callable[[], object]] = collections.deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._numbers = itertools.count()
@@ -109,11 +112,15 @@ class ProgressThread:
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._numbers), timer))
         return timer
 
-    def stop(self, last: Callable[[], object]) -> None:
-        """Does what was handed in, then `last`, then closes worker and context; waits. Idempotent."""
-        if not self._closing:
-            self._closing = True
-            self.post(last)
+    @property
+    def ended(self) -> bool:
+        """Whether it takes no work any more."""
+        return self._closed
+
+    def stop(self) -> None:
+        """Does what was handed in, then the last, then closes worker and context; waits. Idempotent."""
+        self._closing = True
+        self.post(_nothing)  # which wakes it
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -121,11 +128,14 @@ class ProgressThread:
         try:
             while not (self._closing and not self._work):
                 self._turn()
+        except Exception:  # UCX's: there is no way to go on, and whoever waits must hear of it
+            log.exception("ucx: UCX failed; this transport is closed")
         finally:
             with self._lock:
                 self._closed = True
             while self._work:
                 self._do(self._work.popleft())
+            self._do(self._last)
             self._timers.clear()
             self._poll.close()
             os.close(self._wake_fd)
@@ -164,3 +174,7 @@ class ProgressThread:
             work()
         except Exception:  # this thread owns all transfers: one's mistake must not end the others
             log.exception("ucx: work failed")
+
+
+def _nothing() -> None:
+    """Work that only wakes the thread."""

@@ -1,7 +1,8 @@
 """The reader's side of `ucx`: links to owners, and the transfers under way over them.
 
-Rules kept here: a link is made when the first transfer needs it, is kept while a region of its owner is attached, and
-is made anew after it was lost, with a growing pause; everything a lost link had under way fails with the same PeerLost.
+Rules kept here: a link is made when the first transfer needs it, is kept while a region of its owner is attached and
+`linger_s` longer (each lease attaches its own), and is made anew after it was lost, with a growing pause; everything a
+lost link had under way fails with the same PeerLost.
 The progress thread (`Reader`, `Link`) never touches a landing region: what arrives is put into a transfer's `Mailbox`,
 and the thread that asked for it lands it (`ucx.py`). So a transfer that has ended lands nothing, without quarantine.
 """
@@ -164,6 +165,7 @@ class Link:
         self.under_way: dict[int, Mailbox] = {}
         self.keys: dict[bytes, UcpKey] = {}
         self.began_at_s = time.monotonic()
+        self.unused_since_s = self.began_at_s  # once no region of its owner is attached
         self._reader = reader
         self._waiting: list[Mailbox] = []
         self.conversation = Conversation(
@@ -354,15 +356,13 @@ class Reader:
         self._num_attached[address] += 1
 
     def detach(self, address: bytes) -> None:
-        """One is not any more; with the last one the link goes."""
+        """One is not any more."""
         self._num_attached[address] -= 1
         if self._num_attached[address] < 1:
             del self._num_attached[address]
-            self._pauses.pop(address, None)
             link = self._links.get(address)
             if link is not None:
-                self.forget(link)
-                link.end(PeerLost(f"all regions of {link.conversation.peer} were closed"))
+                link.unused_since_s = time.monotonic()
 
     def begin(self, mailbox: Mailbox) -> None:
         """Asks for a transfer; it fails by its mailbox."""
@@ -420,6 +420,11 @@ class Reader:
 
     def _connect(self, reach: Reach, descriptor: RegionDescriptor) -> Link:
         now_s = time.monotonic()
+        self._pauses = {
+            address: pause
+            for address, pause in self._pauses.items()
+            if now_s < pause[0] + MAX_RECONNECT_S
+        }
         not_before_s, _ = self._pauses.get(reach.address, (0.0, 0.0))
         if now_s < not_before_s:
             raise PeerLost(
@@ -450,12 +455,19 @@ class Reader:
         return b""
 
     def _tick(self) -> None:
-        """Says PING to those who heard nothing for a while, and loses those who say nothing."""
+        """Says PING to those who heard nothing for a while, loses those who say nothing, leaves who is not needed."""
         self._tick_timer = None
         now_s = time.monotonic()
         settings = self.settings
-        for link in list(self._links.values()):
+        for address, link in list(self._links.items()):
             conversation = link.conversation
+            if (
+                address not in self._num_attached
+                and now_s - link.unused_since_s >= settings.linger_s
+            ):
+                self.forget(link)
+                link.end(PeerLost(f"all regions of {conversation.peer} were closed"))
+                continue
             if not link.open and now_s - link.began_at_s > settings.connect_timeout_s:
                 conversation.lose(f"did not answer within {settings.connect_timeout_s} s")
                 continue

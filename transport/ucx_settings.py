@@ -43,6 +43,7 @@ class UcxSettings:
         silence_s: after so long without a word the peer is lost.
         stall_s: after so long a posted chunk that the peer's side does not accept costs it the session.
         reconnect_s: a peer that was lost is not asked anew before; doubled each time, up to 2 s.
+        linger_s: how long the way to an owner is kept of whom no region is attached any more.
         more: further settings of UCX, without `UCX_`.
     """
 
@@ -62,6 +63,7 @@ class UcxSettings:
     silence_s: float = 4.5
     stall_s: float = 3.0
     reconnect_s: float = 0.05
+    linger_s: float = 10.0
     more: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:

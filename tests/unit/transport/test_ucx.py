@@ -25,6 +25,7 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.memory import MemoryRegion
+from snowskin.transport.ucp.api import UcpFailure
 from snowskin.transport.ucp.binding import why_unavailable
 from snowskin.transport.ucx import UcxTransport
 from snowskin.transport.ucx_one_sided import slices_of
@@ -315,14 +316,25 @@ def test_owner_that_is_gone_is_named_and_nothing_is_left_of_it(made: Any) -> Non
 
 
 @needs_ucx
-def test_link_goes_with_the_last_region_of_its_owner(made: Any) -> None:
+def test_regions_of_one_lease_after_another_share_a_link(made: Any) -> None:
     pair = made()
+    for _ in range(5):
+        remote = pair.attach()
+        pair.reader.pull(remote, pair.local, [Run(0, 0, 10)], deadline_s=soon())
+        remote.close()
+    assert pair.reader.statistics().num_connected == 1
+
+
+@needs_ucx
+def test_link_goes_soon_after_the_last_region_of_its_owner(made: Any) -> None:
+    pair = made(replace(HERE, heartbeat_s=0.1, linger_s=0.1))
     first, second = pair.attach(), pair.attach()
     for remote in (first, second):
         pair.reader.pull(remote, pair.local, [Run(0, 0, 10)], deadline_s=soon())
-    assert pair.reader.statistics().num_connected == 1
     first.close()
+    threading.Event().wait(0.3)
     pair.reader.pull(second, pair.local, [Run(0, 0, 10)], deadline_s=soon())
+    assert pair.reader.statistics().num_connected == 1
     second.close()
     eventually(lambda: pair.reader.statistics().num_connections == 0, WAIT_S)
     eventually(lambda: pair.owner.statistics().num_connections == 0, WAIT_S)
@@ -373,12 +385,18 @@ class FakeWorker:
 
 
 @pytest.fixture
-def thread() -> Iterator[ProgressThread]:
+def last() -> list[str]:
+    """What the thread did at its end."""
+    return []
+
+
+@pytest.fixture
+def thread(last: list[str]) -> Iterator[ProgressThread]:
     worker: Any = FakeWorker()
-    made = ProgressThread(worker, worker)
+    made = ProgressThread(worker, worker, last=lambda: last.append("last"))
     made.context = FakeWorker()  # type: ignore[assignment]
     yield made
-    made.stop(lambda: None)
+    made.stop()
     assert worker.closed
 
 
@@ -417,16 +435,40 @@ def test_progress_thread_calls_at_the_time_and_not_what_was_cancelled(
     assert called == ["first", "second"]
 
 
-def test_progress_thread_takes_no_work_after_its_end(thread: ProgressThread) -> None:
-    done: list[str] = []
-    thread.post(lambda: done.append("before"))
-    thread.stop(lambda: done.append("last"))
-    thread.stop(lambda: done.append("twice"))
-    assert done == ["before", "last"]
-    assert not thread.post(lambda: done.append("after"))
+def test_progress_thread_takes_no_work_after_its_end(
+    thread: ProgressThread, last: list[str]
+) -> None:
+    thread.post(lambda: last.append("before"))
+    thread.stop()
+    thread.stop()
+    assert last == ["before", "last"]
+    assert not thread.post(lambda: last.append("after"))
     with pytest.raises(TransportClosed):
         thread.run(lambda: None)
-    assert done == ["before", "last"]
+    assert last == ["before", "last"]
+
+
+@needs_ucx
+def test_where_ucx_fails_nobody_waits_for_it(made: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pair = made()
+    remote = pair.attach()
+    pair.owner._owner.arrive = lambda *_: None  # it never answers
+
+    def arm() -> bool:
+        raise UcpFailure("IO_ERROR", "arming the worker")
+
+    thread = pair.reader._thread
+    failing = threading.Timer(0.1, thread.post, [lambda: setattr(thread.worker, "arm", arm)])
+    began_s = time.monotonic()
+    failing.start()
+    for _ in range(2):
+        with pytest.raises(TransportClosed):
+            pair.reader.pull(remote, pair.local, [Run(0, 0, 10)], deadline_s=soon())
+    with pytest.raises(TransportClosed, match="UCX failed"):
+        pair.reader.describe(pair.local)
+    assert time.monotonic() - began_s < HERE.connect_timeout_s / 2
+    failing.join()
+    assert "arming the worker" in caplog.text
 
 
 def test_progress_thread_sleeps_while_there_is_nothing_to_do(thread: ProgressThread) -> None:

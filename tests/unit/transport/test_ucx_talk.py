@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from snowskin.transport.api import RegionDescriptor, TrafficClass
-from snowskin.transport.errors import GrantRefused, PeerLost
+from snowskin.transport.errors import GrantRefused, PeerLost, TransportClosed
 from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welcome, encode
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
@@ -388,7 +388,7 @@ def test_owner_that_closes_says_so() -> None:
 
 def test_reader_that_closes_says_so() -> None:
     stage = ReaderStage()
-    stage.reader.detach(stage.mailbox.reach.address)
+    stage.reader.close(TransportClosed("closed"))
     head, _ = stage.thread.endpoint.said[-1]
     assert (head.kind, head.op) == (STOP, 0)
     assert stage.reader.num_links == 0
@@ -594,6 +594,14 @@ def test_lost_owner_is_asked_again_only_after_a_pause() -> None:
     with pytest.raises(PeerLost, match="a moment ago") as caught:
         again.next(lambda: 0.0)
     assert 0 < (caught.value.retry_after_s or 0) <= SETTINGS.reconnect_s
+    stage.reader.detach(
+        stage.mailbox.reach.address
+    )  # its lease is over; the next one's must wait as well
+    stage.reader.attach(stage.mailbox.reach.address)
+    third = Mailbox(stage.mailbox.order, stage.mailbox.reach, stage.mailbox.ask, 0)
+    stage.reader.begin(third)
+    with pytest.raises(PeerLost, match="a moment ago"):
+        third.next(lambda: 0.0)
 
 
 def test_peer_that_takes_nothing_is_lost_and_lets_go_of_the_memory() -> None:
