@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from snowskin.kvstore.messages import LeaseId, SessionId
 
@@ -50,7 +50,13 @@ class LeaseGrants(Protocol):
         """The lease lives `life_s` seconds from now on; without grants under it nothing happens."""
 
     def take_back(self, lease_id: LeaseId) -> None:
-        """When it returns, nothing can be read or written under the lease any more. Idempotent."""
+        """When it returns, nothing can be begun under the lease any more. Idempotent.
+
+        Nothing goes on either, but for what `needs_grace`.
+        """
+
+    def needs_grace(self, schemes: Sequence[str]) -> bool:
+        """Whether who was given these may still move bytes, for a moment, after it was taken back."""
 
 
 class NoGrants:
@@ -61,6 +67,10 @@ class NoGrants:
 
     def take_back(self, lease_id: LeaseId) -> None:
         """Nothing to take back."""
+
+    def needs_grace(self, schemes: Sequence[str]) -> bool:
+        """Nobody was given anything."""
+        return False
 
 
 class LeaseTable(Generic[HoldT]):

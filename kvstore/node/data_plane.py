@@ -2,8 +2,9 @@
 
 Rules kept here: a grant opens just the extents of one lease, for writing only where it is a reservation, of this epoch,
 for as long as the lease lives; it is renewed with the lease, and taken back before the lease is over for anybody else
-(`lease.LeaseGrants`). Only transports whose owner serves every piece are offered: so nothing of an ended lease can
-land any more, and its room needs no quarantine.
+(`lease.LeaseGrants`). Where the node serves every piece itself nothing of an ended lease can land any more, and its
+room is another's at once; what peers move one-sidedly, once they were let in, they may finish: those leases have a
+grace.
 
 The data plane's threads serve; this file's calls come from the node's loop.
 """
@@ -14,7 +15,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.messages import GrantedRegion
-from snowskin.transport.errors import GrantRefused, TransportUnavailable
+from snowskin.transport.errors import GrantRefused
 from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
@@ -37,17 +38,7 @@ class DataPlane:
     def __init__(
         self, transports: Sequence[Transport], arenas: Mapping[int, Arena], *, epoch: int
     ) -> None:
-        """Owns `transports` and closes them.
-
-        Raises:
-            TransportUnavailable: one of them lets peers reach memory by themselves.
-        """
-        for transport in transports:
-            if transport.is_one_sided:
-                raise TransportUnavailable(
-                    f"{transport.scheme} lets peers of other hosts reach memory without the node's part",
-                    hint="serve it owner-validated: without trusted_network",
-                )
+        """Owns `transports` and closes them."""
         self.transports = {transport.scheme: transport for transport in transports}
         self._epoch = epoch
         self._regions: dict[str, dict[int, MemoryRegion]] = {
@@ -121,6 +112,12 @@ class DataPlane:
         """Serves nothing under this lease any more; waits for a piece under way."""
         for transport, descriptor in self._granted.pop(lease_id, ()):
             transport.revoke(descriptor)
+
+    def needs_grace(self, schemes: Sequence[str]) -> bool:
+        """Whether one of these moves bytes without the node's part."""
+        return any(
+            self.transports[scheme].is_one_sided for scheme in schemes if scheme in self.transports
+        )
 
     def statistics(self) -> dict[str, TransportStatistics]:
         """The counters of each transport."""

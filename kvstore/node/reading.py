@@ -271,7 +271,7 @@ class Reading:
             ReadHold(shards, segments),
             ttl_s=request.ttl_s,
             now_s=now_s,
-            has_grace=session.maps_memory,
+            has_grace=session.maps_memory or self.leases.grants.needs_grace(request.schemes),
         )
         return Lease(id=lease.id, ttl_s=lease.expires_at_s - now_s)
 

@@ -276,7 +276,7 @@ class Writing:
             hold,
             ttl_s=request.ttl_s,
             now_s=now_s,
-            has_grace=session.maps_memory,
+            has_grace=session.maps_memory or self.leases.grants.needs_grace(request.schemes),
         )
         for block in hold.blocks:
             self._reserved[hold.at(block)] += 1

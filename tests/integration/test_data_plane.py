@@ -444,3 +444,36 @@ async def test_nothing_is_opened_for_the_conductor_which_moves_no_bytes(wire):
             )
             assert matched.num_blocks == 2
             assert matched.lease.regions == ()
+
+
+async def refused_in_the_end(holder, reserved):
+    """Writes under a reservation until its lease has run out."""
+    while True:
+        try:
+            holder.push(reserved.lease, place(reserved)[0], BLOCK)
+        except (RegionExpired, GrantRefused):
+            return
+        await asyncio.sleep(0.01)
+
+
+class OneSided(LoopbackTransport):
+    """As if peers moved the bytes by themselves, once they were let in."""
+
+    is_one_sided = True
+
+
+@pytest.mark.parametrize("kind", [LoopbackTransport, OneSided])
+async def test_what_peers_move_one_sidedly_has_a_grace_before_its_room_is_anothers(kind):
+    wire = Loopback()
+    wire.owner = lambda: kind(wire.network)
+    lives = {"write_lease_s": 0.1, "read_lease_s": 0.1, "grace_s": 60.0}
+    async with node_and_client(wire, **lives) as (_, client):
+        holder = Holder(client)
+        await holder.published(2, 1)
+        await holder.match(2, 1)
+        reserved = await holder.reserve(1, 1)
+        async with asyncio.timeout(5):
+            await refused_in_the_end(holder, reserved)
+        stat = await client.stat()
+        held = (1, 1) if kind is OneSided else (0, 0)
+        assert (stat.num_read_leases, stat.num_write_leases) == held

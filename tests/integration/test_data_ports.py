@@ -25,6 +25,7 @@ from snowskin.transport.errors import TransportError, TransportUnavailable
 from snowskin.transport.tcp import TcpTransport
 from snowskin.transport.tcp_settings import TcpSettings
 from snowskin.transport.topology import HostFacts, Nic, NicAddress
+from snowskin.transport.ucx_settings import UcxSettings
 from tests.support.roles import running
 from tests.support.store_drivers import keys_of, namespace_of, noise
 from tests.support.tls_files import Authority
@@ -134,15 +135,21 @@ async def test_a_node_without_a_data_plane_serves_the_slow_path_and_one_without_
     transports.close()
 
 
-async def test_ucx_is_taken_where_it_is_demanded_and_by_nobody_else():
-    transports = ClientTransports("ucx")
+@pytest.mark.parametrize(("trusted", "via"), [(False, "messages"), (True, "emulated")])
+async def test_ucx_is_taken_where_it_is_demanded_and_by_nobody_else(trusted, via):
+    ucx = UcxSettings(net_devices="lo", trusted_network=trusted)
+    transports = ClientTransports("ucx", ucx=ucx)
     try:
         transports.open_demanded()
     except TransportUnavailable as error:
         pytest.skip(f"NOT TESTED: UCX IS NOT HERE: {error}")
     both = ("shm", "tcp", "ucx")
-    async with node(transports=both) as role, await connected(role, transports) as client:
+    async with (
+        node(transports=both, trusted_network=trusted) as role,
+        await connected(role, transports) as client,
+    ):
         assert (await client.stat()).transports == ("tcp", "ucx")
+        assert (client.way.scheme, client.way.via) == ("ucx", via)
         await there_and_back(client)
         moved = transports.statistics()["ucx"]
         assert (moved.pushed_nbytes, moved.pulled_nbytes) == (BLOCK, BLOCK)
