@@ -10,7 +10,7 @@ import contextlib
 import gc
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ async def test_5_and_14_hold_while_all_workers_are_busy(huge: Rig, is_cancelled:
     control = TransferControl()
     stuck = [Stuck() for _ in range(huge.backend.num_at_once)]
 
-    def push(landed: Landed, index: int, **values: object) -> asyncio.Future[TransferReport]:
+    def push(landed: Landed, index: int, **values: Any) -> asyncio.Future[TransferReport]:
         offset = index * SHARE_NBYTES
         return asyncio.ensure_future(
             huge.reader.push_async(
