@@ -2,8 +2,9 @@
 
 Rules kept here: a node is asked by gRPC where its door is; the door is taken if it opens and the
 same epoch of the node answers there, so that a path that means another node on this host, or
-nothing, changes nothing but the speed. Where another transport than shared memory was demanded, no
-door is looked for; where shared memory was, there must be one.
+nothing, changes nothing but the speed; of a node that tells that it runs elsewhere none is tried.
+Where another transport than shared memory was demanded, no door is looked for; where shared memory
+was, there must be one.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.client.store import DOOR_PREFIX
+from snowskin.kvstore.client.ways import told_by
 from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.advertisement import UNKNOWN_ID
 from snowskin.transport.errors import SnowskinError, TransportUnavailable
+from snowskin.transport.probes import own_identity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from snowskin.kvstore.client.store import StoreClient
     from snowskin.kvstore.client.transports import ClientTransports
+    from snowskin.kvstore.messages import NodeStat
 
 log = get_logger(__name__)
 
@@ -44,11 +49,12 @@ async def connect_nearest(
         return far
     near: StoreClient | None = None
     try:
-        door = (await far.stat()).door
-        if door.startswith(DOOR_PREFIX):
+        stat = await far.stat()
+        door = stat.door
+        if door.startswith(DOOR_PREFIX) and not _is_elsewhere(stat, address):
             near = await connect(door)
             if near.node_epoch == far.node_epoch:
-                log.debug("node is on this host", node=address, door=door)
+                log.info("node is on this host", node=address, door=door)
                 await far.close()
                 return near
             await near.close()
@@ -66,3 +72,11 @@ async def connect_nearest(
             hint="run the engine on the node's host, or use --transport auto",
         )
     return far
+
+
+def _is_elsewhere(stat: NodeStat, node: str) -> bool:
+    """Whether the node surely runs on another host: its door's path means nothing here."""
+    told, here = told_by(stat, node=node), own_identity()
+    if told is None or UNKNOWN_ID in (told.identity.host, here.host):
+        return False
+    return not here.same_host(told.identity)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from snowskin.kvstore.admin_messages import ListedTransport, TransportsReport
 from snowskin.transport.addresses import Address
 from snowskin.transport.advertisement import Advertisement
-from snowskin.transport.choice import GRPC, SHM, TCP
+from snowskin.transport.choice import GRPC, RDMA_KIND, SHM, TCP, UCX
 from snowskin.transport.host_probe import read_host
 from snowskin.transport.probes import advertise, probe_transports
 from snowskin.transport.routes import advertised
@@ -64,6 +64,7 @@ class NodeReach:
         bound: Sequence[Address] = (),
         told: Sequence[Address] = (),
         extras: Mapping[str, bytes] | None = None,
+        ucx_stays_here: bool = False,
         statistics: Callable[[], Mapping[str, TransportStatistics]] = _nothing_open,
         pages: Callable[[], tuple[tuple[str, str], ...]] = _no_pools,
     ) -> NodeReach:
@@ -74,11 +75,15 @@ class NodeReach:
             bound: where tcp listens.
             told: where the operator says that tcp is reached; empty: as bound.
             extras: by scheme, what the transport itself tells its peers.
+            ucx_stays_here: UCX listens on loopback alone, whatever hardware it could use.
             statistics: of the transports that are open.
             pages: on what pages the pools lie.
         """
         facts = read_host()
         probes = probe_transports({*schemes, GRPC}, facts, bound=bound)
+        if ucx_stays_here and UCX in probes:
+            kinds = tuple(kind for kind in probes[UCX].kinds if not kind.startswith(RDMA_KIND))
+            probes[UCX] = dataclasses.replace(probes[UCX], kinds=kinds)
         addresses = {TCP: advertised(bound, told, facts)} if TCP in schemes and bound else {}
         reached = {scheme: probe for scheme, probe in probes.items() if scheme != TCP or addresses}
         return cls(
@@ -107,7 +112,12 @@ class NodeReach:
         told = found[0] if found else ()
         bound = [Address(settings.data_address, settings.data_port or told[0].port)] if told else []
         return cls.tried(
-            settings.transports, bound=bound, told=told, statistics=statistics, pages=pages
+            settings.transports,
+            bound=bound,
+            told=told,
+            ucx_stays_here=settings.ucx_stays_here(settings.data_address),
+            statistics=statistics,
+            pages=pages,
         )
 
     def report(self, *, door: str) -> TransportsReport:

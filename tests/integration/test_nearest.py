@@ -12,6 +12,7 @@ from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.client.transports import ClientTransports
 from snowskin.kvstore.errors import NodeUnavailable
 from snowskin.kvstore.node.door import LocalDoor
+from snowskin.transport.advertisement import Advertisement, HostIdentity
 from snowskin.transport.errors import TransportUnavailable
 from tests.support.served_node import served_node
 
@@ -60,6 +61,7 @@ async def test_a_node_with_a_door_on_this_host_is_reached_by_it(connects, tmp_pa
         await connect_nearest(node.address, connects, AUTO) as client,
     ):
         assert connects.open == [f"unix:{tmp_path / 'door'}"]
+        assert client.way.scheme == "shm"
         assert client.node_epoch == node.shell.state.epoch
 
 
@@ -79,6 +81,16 @@ async def test_a_door_behind_which_another_node_answers_is_not_taken(connects, t
         async with await connect_nearest(node.address, connects, AUTO) as client:
             assert connects.open == [node.address]
             assert client.node_epoch == node.shell.state.epoch
+
+
+async def test_a_door_of_another_host_is_not_knocked_at(connects, tmp_path):
+    async with with_door(tmp_path / "door") as node:
+        for host, num_tried in ((b"another kernel..", 1), (bytes(16), 2)):
+            told = Advertisement(identity=HostIdentity(host=host))
+            node.shell.state.advertisement = told.to_bytes()
+            connects.clients.clear()
+            async with await connect_nearest(node.address, connects, AUTO):
+                assert len(connects.clients) == num_tried
 
 
 async def test_an_address_that_is_a_door_is_taken_as_it_is(connects, tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snowskin.kvstore import admin_wire
+from snowskin.kvstore.node import reach as reach_module
 from snowskin.kvstore.node.reach import NodeReach, counters_of
 from snowskin.transport.addresses import Address
 from snowskin.transport.advertisement import Advertisement, SchemeAdvertisement
@@ -130,3 +131,13 @@ def test_tcp_is_told_only_where_it_listens(
     reach = NodeReach.tried(["tcp"], bound=bound, told=told)
     tcp = reach.advertisement.scheme("tcp")
     assert (str(tcp.addresses[0].address) if tcp is not None else None) == advertised
+
+
+def test_hardware_that_ucx_may_not_listen_on_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("rdma:InfiniBand", "cuda_ipc")
+    probes = {"ucx": TransportProbe(scheme="ucx", available=True, reason="", kinds=kinds)}
+    monkeypatch.setattr(reach_module, "probe_transports", lambda *_, **__: dict(probes))
+    for stays_here, told_kinds in ((False, kinds), (True, ("cuda_ipc",))):
+        told = NodeReach.tried(("ucx",), ucx_stays_here=stays_here).advertisement.scheme("ucx")
+        assert told is not None
+        assert told.kinds == told_kinds
