@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from snowskin.transport.addresses import Reachability
-from snowskin.transport.errors import PeerLost
+from snowskin.transport.errors import PeerLost, TransportUnavailable
 from snowskin.transport.paths import Path, PathSet
 from snowskin.transport.tcp_dialing import dial
 from snowskin.transport.tcp_gate import Gate
@@ -160,6 +160,7 @@ class Link:
 
         Raises:
             PeerLost: also at once, while the path is left alone after a failure. What `dial` raises.
+            TransportUnavailable: this process is out of descriptors.
         """
         now_s = time.monotonic()
         with self.lock:
@@ -170,9 +171,9 @@ class Link:
             surplus = self._surplus()
         if surplus is not None:
             surplus.close()
-        self._keeper.check_open()
         connection = None
         try:
+            self._keeper.check_open()
             connection = dial(
                 chosen,
                 self._settings,
@@ -195,6 +196,11 @@ class Link:
                     self.busy.pop(connection, None)
             if connection is not None:
                 connection.close()
+            if isinstance(error, OSError):  # what the peer did is PeerLost already
+                raise TransportUnavailable(
+                    f"no connection to {self.peer} can be opened here: {error.strerror or error}",
+                    hint="raise this process's limit of open files",
+                ) from error
             raise
         return connection
 

@@ -52,24 +52,30 @@ class Keeper:
             raise TransportClosed("transport tcp is closed")
 
     def watch(self, connection: Connection, link: Link) -> None:
-        """From now on its end is noticed; starts the thread where it does not run."""
+        """From now on its end is noticed; starts the thread where it does not run.
+
+        Raises:
+            TransportClosed. OSError: this process is out of descriptors; then it is not watched.
+        """
         with self._lock:
             self.check_open()
-            self.num_connected += 1
             if self._epoll is None:
-                self._epoll = select.epoll()
-                self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._epoll.register(self._wake_fd, select.EPOLLIN)
+                self._open()
+            assert self._epoll is not None
             self._watched[connection.fd] = (connection, link)
-            self._epoll.register(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
+            try:
+                self._epoll.register(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
+            except OSError:
+                del self._watched[connection.fd]
+                raise
+            self.num_connected += 1
             if connection.heartbeat_s < self._heartbeat_s:
                 self._heartbeat_s = connection.heartbeat_s
                 os.eventfd_write(self._wake_fd, 1)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="snowskin-tcp-keeper", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="snowskin-tcp-keeper", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def watch_end(self, connection: Connection) -> bool:
         """What still comes on it is thrown away until it ends; False after `close`."""
@@ -86,6 +92,8 @@ class Keeper:
             thread = self._thread
             if thread is not None:
                 os.eventfd_write(self._wake_fd, 1)
+            elif self._epoll is not None:  # no thread could be started
+                self._end()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
@@ -113,6 +121,17 @@ class Keeper:
                 return False
             self._end()
             return True
+
+    def _open(self) -> None:
+        """Guarded by the lock; both descriptors, or none."""
+        epoll = select.epoll()
+        try:
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            epoll.close()
+            raise
+        epoll.register(self._wake_fd, select.EPOLLIN)
+        self._epoll = epoll
 
     def _end(self) -> None:
         """Guarded by the lock."""

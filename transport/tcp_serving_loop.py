@@ -219,9 +219,7 @@ class ServingLoop:
     def adopt(self, link: Link) -> None:
         """Serves a connection from now on."""
         self._links[link.fd] = link
-        link.mask = _IN
-        self._epoll.register(link.fd, _IN)
-        self._set_timer(link)
+        self._guarded(self._begin, link)
 
     def drop(self, link: Link, error: TransportError) -> None:
         """Ends a connection at once, for its descriptor is wanted; tells why where the stream takes it."""
@@ -307,6 +305,13 @@ class ServingLoop:
         served = link.served
         if events & _OUT:
             link.blocked = False
+            if (
+                events == _OUT
+                and served.phase is _SENDING
+                and self._only_one
+                and not (self._turns or served.out or served.news)
+            ):
+                return self._move(link)  # nobody else can be more urgent
         if served.phase is _RECEIVING and not served.out:
             self._turns.add(link)
             return 0
@@ -318,6 +323,14 @@ class ServingLoop:
                 if transfer.nbytes <= SMALL_NBYTES or (self._only_one and not self._turns):
                     return self._move(link)  # over sooner than it could be put in order
         return self._settle(link)
+
+    def _begin(self, link: Link) -> int:
+        link.mask = _IN
+        self._epoll.register(
+            link.fd, _IN
+        )  # which may fail: the kernel bounds what one user watches
+        self._set_timer(link)
+        return 0
 
     def _hear(self, link: Link) -> None:
         """Takes what a peer said that is no payload."""
@@ -434,6 +447,9 @@ class ServingLoop:
                 who()
             elif at_s == who.timer_at_s and self._links.get(who.fd) is who:
                 who.timer_at_s = math.inf
+                transfer = who.served.transfer
+                if who.queued and transfer is not None:
+                    transfer.moved_at_s = now_s  # it waits for its turn, and not for its peer
                 who.served.on_due(now_s)
                 self._guarded(self._settle, who)
 

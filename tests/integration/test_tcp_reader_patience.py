@@ -1,9 +1,12 @@
-"""How a `tcp` reader waits: not in a loop, not beyond its deadline, and not as often as an owner would like."""
+"""How a `tcp` reader waits: not in a loop, not beyond its deadline, not as often as an owner would like; and what it
+does not wait for, because it will not come.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -14,7 +17,12 @@ import pytest
 
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.api import Run
-from snowskin.transport.errors import PeerLost, TransferTimedOut
+from snowskin.transport.errors import (
+    PeerLost,
+    TransferTimedOut,
+    TransportClosed,
+    TransportUnavailable,
+)
 from snowskin.transport.frames import Data, Fail, Hello, Ping, encode
 from snowskin.transport.tcp import NUM_DIALING, TcpTransport
 from snowskin.transport.tcp_connection import MIN_HEARTBEAT_S
@@ -186,3 +194,36 @@ def test_a_note_that_its_owner_does_not_wait_for_is_no_success(way):
             note=b"all here",
             landed=landed,
         )
+
+
+@pytest.mark.parametrize("what", ["socket.socket", "select.epoll", "os.eventfd"])
+def test_who_is_out_of_descriptors_says_so_and_goes_on_when_there_are_some(what, monkeypatch):
+    def serve(stream):
+        ask = greeted(stream)
+        while ask is not None:
+            answer(stream, ask)
+            ask = next_ask(stream)
+
+    def refuse(*_values, **_names):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with RawOwner(serve) as owner:
+        with Rig(owner) as rig:
+            with monkeypatch.context() as patch:
+                module = "dialing.socket.socket" if what == "socket.socket" else f"keeper.{what}"
+                patch.setattr(f"snowskin.transport.tcp_{module}", refuse)
+                with pytest.raises(TransportUnavailable, match="Too many open files"):
+                    rig.pull()
+            assert rig.transport.statistics().num_connections == 0
+            rig.pull()
+            assert rig.transport.statistics().num_connections == 1
+        assert rig.transport.statistics().num_connections == 0
+
+
+def test_a_transport_that_is_closed_counts_no_connection_that_was_wanted_too_late():
+    with RawOwner(lambda stream: stream.hear()) as owner, Rig(owner) as rig:
+        link = rig.remote.link
+        rig.transport.close()
+        with pytest.raises(TransportClosed):
+            link.connect_any(rig)
+        assert link.num_open == 0

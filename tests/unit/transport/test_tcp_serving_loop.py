@@ -127,6 +127,39 @@ def test_what_is_urgent_overtakes_what_has_begun(house, monkeypatch):
     assert house.turns() in ("abbbaa", "aabbba")
 
 
+def test_who_waits_long_for_a_turn_is_not_taken_for_a_peer_that_does_not_move(house, monkeypatch):
+    monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
+    house.add("a")
+    house.add("b")
+    house.ask("a", 2)
+    house.turn()
+    house.ask("b", 0)
+    house.turn()
+    house.now_s += SETTINGS.frame_timeout_s + 0.1
+    house.turn()
+    assert sorted(house.turns()) == list("aaabbb")
+
+
+def test_a_connection_that_cannot_be_watched_is_ended_and_holds_no_place(house, monkeypatch):
+    class Full:
+        def register(self, *_):
+            raise OSError(28, "No space left on device")
+
+        def unregister(self, *_):
+            raise FileNotFoundError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.loop, "_epoll", Full())
+        near, far = socket.socketpair()
+        reader = house.stack.enter_context(RawStream(far))
+        served = ServedConnection(house.grants, SETTINGS, Ledger(), peer="a", now_s=house.now_s)
+        link = Link(near, served, house.loop, holds_bytes=False)
+        house.admission.enter(link, "a")
+        house.loop.adopt(link)
+    assert (len(house.admission), house.loop.num_links) == (0, 0)
+    assert reader.hear() is None
+
+
 def test_a_small_one_waits_for_nobody(house, monkeypatch):
     monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
     house.add("a")
