@@ -36,14 +36,20 @@ class FdWatcher:
         self._lock = threading.Lock()
 
     def add(self, fd: int, on_ready: Callable[[], None]) -> None:
-        """Calls `on_ready` from the thread; raises TransportClosed after `close`."""
+        """Calls `on_ready` from the thread; TransportClosed after `close`, OSError where no descriptor is left."""
         with self._lock:
             if self._closed:
                 raise TransportClosed(f"{self._name} watches nothing any more")
-            self._callbacks[fd] = on_ready
             if self._running is None:
                 self._running = _Running(self._name, self._serve)
-            self._running.epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+            self._callbacks[fd] = on_ready
+            try:
+                self._running.epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+            except OSError:
+                del self._callbacks[fd]
+                if not self._callbacks:
+                    self._end()
+                raise
 
     def remove(self, fd: int) -> None:
         """Forgets a descriptor; the last one's removal ends the thread. Idempotent."""
@@ -95,9 +101,13 @@ class _Running:
     def __init__(self, name: str, serve: Callable[[_Running], None]) -> None:
         self.epoll = select.epoll()
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.epoll.register(self.wake_fd, select.EPOLLIN)
-        self.thread = threading.Thread(target=serve, args=(self,), name=name, daemon=True)
-        self.thread.start()
+        try:
+            self.epoll.register(self.wake_fd, select.EPOLLIN)
+            self.thread = threading.Thread(target=serve, args=(self,), name=name, daemon=True)
+            self.thread.start()
+        except BaseException:
+            self.close()
+            raise
 
     def end(self) -> None:
         os.eventfd_write(self.wake_fd, 1)

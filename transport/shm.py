@@ -103,7 +103,13 @@ class ShmTransport(CopyingTransport):
             on_done=on_done,
         )
         if on_done is not None:
-            self._links.add(descriptor)
+            try:
+                self._links.add(descriptor)
+            except OSError as error:
+                super().revoke(descriptor)
+                raise TransportUnavailable(
+                    f"this grant gets no link: {error}", hint="raise the limit of open files"
+                ) from error
         return dataclasses.replace(descriptor, extra=granted)
 
     def link(self, descriptor: RegionDescriptor) -> int:

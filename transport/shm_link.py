@@ -73,6 +73,28 @@ class _OwnerEnd:
         self.peer_end: socket.socket | None = peer_end
         self.end.setblocking(False)
 
+    def welcome(self, descriptor: RegionDescriptor) -> None:
+        """Leaves the peer its first packet; where that fails, nothing is left open."""
+        board_fd = -1
+        try:
+            board_fd = self.place.board.open_read_only()
+            packet = _WELCOME.pack(
+                b"L",
+                VERSION,
+                descriptor.capability,
+                descriptor.epoch,
+                descriptor.generation,
+                self.place.slot,
+                self.place.serial,
+            )
+            socket.send_fds(self.end, [packet], [board_fd])
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if board_fd >= 0:
+                os.close(board_fd)
+
     def close(self) -> None:
         """Both ends that this process holds; nobody receives meanwhile."""
         with self.lock:
@@ -111,29 +133,24 @@ class OwnerLinks:
         return len(self._links)
 
     def add(self, descriptor: RegionDescriptor) -> None:
-        """Makes a link for a new grant; the peer finds its welcome there."""
+        """Makes a link for a new grant; the peer finds its welcome there. OSError: nothing is left of it."""
         capability = descriptor.capability
         with self._lock:
             if self._closed:
                 raise TransportClosed("this transport makes no links any more")
             place = self._boards.add()
-            link = _OwnerEnd(capability, place)
-            board_fd = place.board.open_read_only()
             try:
-                welcome = _WELCOME.pack(
-                    b"L",
-                    VERSION,
-                    capability,
-                    descriptor.epoch,
-                    descriptor.generation,
-                    place.slot,
-                    place.serial,
-                )
-                socket.send_fds(link.end, [welcome], [board_fd])
-            finally:
-                os.close(board_fd)
+                link = _OwnerEnd(capability, place)
+                link.welcome(descriptor)
+            except BaseException:
+                self._boards.take_back(place)
+                raise
             self._links[capability] = link
-        self._watcher.add(link.end.fileno(), lambda: self._receive(link))
+        try:
+            self._watcher.add(link.end.fileno(), lambda: self._receive(link))
+        except BaseException:
+            self.take_back(capability)
+            raise
 
     def take_peer_end(self, capability: bytes) -> int:
         """The peer's end, once; the caller passes it on and closes it.

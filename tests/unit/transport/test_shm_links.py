@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import resource
 import socket
 import struct
 import threading
@@ -26,6 +27,7 @@ from snowskin.transport.errors import (
     TransportClosed,
     TransportUnavailable,
 )
+from snowskin.transport.grant_board import BOARD_NBYTES
 from snowskin.transport.memory import Memfd
 from snowskin.transport.shm import MAX_NUM_RANGES, ShmTransport
 from snowskin.transport.shm_link import MAX_PACKETS_A_TURN
@@ -92,6 +94,31 @@ def link_threads() -> int:
 
 def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_link_for_which_no_descriptor_is_left_leaves_nothing_of_itself(pair: Pair) -> None:
+    descriptor = pair.describe()  # what comes with the first one stays
+    pair.owner.revoke(descriptor)
+    before = [int(name) for name in os.listdir("/proc/self/fd")]
+    tried = range(3, max(before) + 12)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    errors: list[str] = []
+    try:
+        for limit in tried:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+            try:
+                pair.owner.revoke(pair.describe())
+            except TransportUnavailable as error:
+                errors.append(error.message)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all("Too many open files" in message for message in errors)
+    assert 3 < len(errors) < len(tried)
+    assert pair.owner.statistics().num_grants == 0
+    assert pair.owner.statistics().num_connections == 0
+    assert len(pair.owner._links._boards._boards) == 1
+    assert len(pair.owner._links._boards._boards[0].free) == BOARD_NBYTES // 8
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= len(before), WAIT_S)
 
 
 def test_no_thread_and_no_descriptor_without_links(pair: Pair) -> None:
