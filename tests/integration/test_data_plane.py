@@ -46,11 +46,12 @@ PULL_S = 5.0
 class Loopback:
     """Both sides in one process, without a wire."""
 
-    def __init__(self):
+    def __init__(self, kind=LoopbackTransport):
         self.network = LoopbackNetwork()
+        self.kind = kind
 
     def owner(self):
-        return LoopbackTransport(self.network)
+        return self.kind(self.network)
 
     def reader(self):
         return ClientTransports("loopback", factories={"loopback": self.owner})
@@ -464,8 +465,7 @@ class OneSided(LoopbackTransport):
 
 @pytest.mark.parametrize("kind", [LoopbackTransport, OneSided])
 async def test_what_peers_move_one_sidedly_has_a_grace_before_its_room_is_anothers(kind):
-    wire = Loopback()
-    wire.owner = lambda: kind(wire.network)
+    wire = Loopback(kind)
     lives = {"write_lease_s": 0.1, "read_lease_s": 0.1, "grace_s": 60.0}
     async with node_and_client(wire, **lives) as (_, client):
         holder = Holder(client)
