@@ -27,7 +27,7 @@ from snowskin.transport.ucp.api import (
     UcpMemoryType,
 )
 from snowskin.transport.ucp.binding import open_context, why_unavailable
-from snowskin.transport.ucp.ctypes_ucp import own_settings
+from snowskin.transport.ucp.ctypes_ucp import MAX_REPLIES, own_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,6 +115,34 @@ def test_message_can_be_answered_without_an_endpoint(pair: Pair) -> None:
     pair.endpoint.send(b"no need", (), lambda _failure: None)
     pair.run(lambda: pair.answered and len(pair.arrived) == 2)
     assert pair.answered == [(b"heard hello", source.tobytes())]
+
+
+@needs_ucx
+def test_who_asks_and_does_not_listen_is_kept_few_answers(pair: Pair) -> None:
+    source = np.zeros(4000, dtype=np.uint8)
+    unsent = [0]
+
+    def ask() -> None:
+        def sent(_failure: UcpFailure | None) -> None:
+            unsent[0] -= 1
+
+        unsent[0] += 1
+        pair.endpoint.send(b"hello", [span_of(source)], sent, wants_reply=True)
+
+    ask()
+    pair.run(lambda: pair.answered)
+    most = 0
+    for _ in range(10_000):
+        if unsent[0] < 10:
+            ask()
+        pair.there.progress()
+        most = max(most, len(pair.there.messages.pending))  # type: ignore[attr-defined]
+    assert most == MAX_REPLIES
+    assert len(pair.arrived) > len(pair.answered) + MAX_REPLIES
+    pair.run(lambda: not (unsent[0] or len(pair.there.messages.pending)))  # type: ignore[attr-defined]
+    pair.answered.clear()
+    ask()
+    pair.run(lambda: pair.answered)
 
 
 @needs_ucx

@@ -64,7 +64,10 @@ class Span(NamedTuple):
 
 
 Reply = Callable[[bytes, bytes], object]
-"""`reply(header, payload)` answers one message, within the call that brought it; nobody is told how it ends."""
+"""`reply(header, payload)` answers one message, within the call that brought it; nobody is told how it ends.
+
+Where many of them wait for peers that do not listen, it is dropped.
+"""
 
 Arrive = Callable[[bytes, Span, "Reply | None"], object]
 """`arrive(header, payload, reply)` per message; the payload's memory is valid only within the call.

@@ -30,6 +30,7 @@ from snowskin.transport.ucp.api import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+MAX_REPLIES = 64  # that nobody has taken yet: more are not sent
 _LAST_TURNS = 1000
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Messages:
         self.worker = worker
         self.pending = Pending(library)
         self._arrive = arrive
+        self._num_replies = 0
         self._on_message = abi.MessageCallback(self._message)
         for number in ids:
             param = abi.AmHandlerParam(
@@ -216,9 +218,15 @@ class Messages:
         return abi.OK
 
     def _reply(self, endpoint: int, header: bytes, payload: bytes) -> None:
+        if self._num_replies >= MAX_REPLIES:  # somebody asks, and does not listen
+            return
+        self._num_replies += 1
         buffer = ctypes.create_string_buffer(payload, len(payload))
         span = Span(ctypes.addressof(buffer), len(payload))
-        self.send(endpoint, header, (span,), _ignore, keep=buffer)
+        self.send(endpoint, header, (span,), self._replied, keep=buffer)
+
+    def _replied(self, _failure: UcpFailure | None) -> None:
+        self._num_replies -= 1
 
 
 class CtypesEndpoint:
