@@ -99,6 +99,7 @@ class Stripes:
         max_stripe_runs: int = MAX_STRIPE_RUNS,
         striped_from_nbytes: int = STRIPED_FROM_NBYTES,
         stall_s: float = STALL_S,
+        num_streams: int = 0,
     ) -> None:
         """Nothing taken yet. `runs` are checked (`check_bounds`) and joined by the caller.
 
@@ -110,6 +111,7 @@ class Stripes:
             max_stripe_runs: what one request to the owner may hold.
             striped_from_nbytes: smaller requests use one lane of one path.
             stall_s: a lane that moves nothing for so long, while others do, is given up.
+            num_streams: of each path; 0 = what the path is worth, by what was measured.
         """
         if min(stripe_nbytes, piece_nbytes, max_stripe_runs) < 1 or stall_s <= 0:
             raise ValueError("stripes, pieces and runs of at least 1, and a stall above 0 s")
@@ -121,6 +123,7 @@ class Stripes:
         self._max_stripe_runs = max_stripe_runs
         self._is_striped = self.nbytes >= striped_from_nbytes
         self._stall_s = stall_s
+        self._wanted_streams = num_streams
         self._open: dict[Lane, _OpenLane] = {}
         self._lost: set[Lane] = set()
         self._forgiven: set[Lane] = set()
@@ -303,7 +306,7 @@ class Stripes:
             self._forget_lost(path)
             if path.name not in self._num_streams:
                 part = self._paths.bytes_per_s(path.name) / total_bytes_per_s
-                self._num_streams[path.name] = self._paths.num_streams(
+                self._num_streams[path.name] = self._wanted_streams or self._paths.num_streams(
                     path.name, int(self.nbytes * part)
                 )
             lanes += [Lane(path.name, stream) for stream in range(self._num_streams[path.name])]

@@ -177,7 +177,8 @@ class TcpTransport(OrderedTransport):
             return
         link = _link(order)
         nbytes = runs[0][2] if len(runs) == 1 else sum(run[2] for run in runs)
-        is_striped = order.is_pull and self._is_striped(link, job, nbytes)
+        num_streams = self._num_streams(link, job, nbytes) if order.is_pull else 1
+        is_striped = num_streams != 1
         if not is_striped and is_plain(job):
             entered = link.enter(job, nbytes)
             if entered is not None:
@@ -186,9 +187,12 @@ class TcpTransport(OrderedTransport):
         charge = link.gate.try_enter(nbytes) or self._wait_at_gate(link, job, nbytes)
         try:
             if is_striped:
-                self._carry_in_stripes(link, job)
+                self._carry_in_stripes(link, job, num_streams)
             else:
+                started_s = time.monotonic()
                 self._carry_over(link, job, nbytes)
+                if order.is_pull and nbytes >= MANY_STREAMS_FROM_NBYTES:
+                    link.measured_one_stream(nbytes, time.monotonic() - started_s)
         finally:
             link.gate.leave(charge)
 
@@ -246,15 +250,15 @@ class TcpTransport(OrderedTransport):
             raise
         return ticket.nbytes
 
-    def _is_striped(self, link: Link, job: Job, nbytes: int) -> bool:
-        """Whether more than one connection may be worth it."""
-        if job.note and not link.has_many_paths:
-            return False  # in one request the owner sees all of it
+    def _num_streams(self, link: Link, job: Job, nbytes: int) -> int:
+        """How many connections a pull uses; 0 = as many as its paths are worth."""
         if link.has_many_paths:
-            return nbytes >= STRIPED_FROM_NBYTES
-        return nbytes >= MANY_STREAMS_FROM_NBYTES and self._settings.max_streams > 1
+            return 0 if nbytes >= STRIPED_FROM_NBYTES else 1
+        if job.note or nbytes < MANY_STREAMS_FROM_NBYTES:
+            return 1  # with a note, in one request the owner sees all of it
+        return link.num_streams(nbytes)
 
-    def _carry_in_stripes(self, link: Link, job: Job) -> None:
+    def _carry_in_stripes(self, link: Link, job: Job, num_streams: int) -> None:
         """Over several connections; what a note goes with is the last piece, once all else has landed."""
         runs, last = job.runs, None
         if job.note:
@@ -264,7 +268,8 @@ class TcpTransport(OrderedTransport):
             link,
             job,
             runs,
-            max_streams=self._settings.max_streams,
+            max_streams=num_streams or self._settings.max_streams,
+            num_streams=num_streams,
             begin=functools.partial(self._lanes.submit, urgency=job.order.traffic),
         )
         striped.run()
@@ -282,8 +287,11 @@ class TcpTransport(OrderedTransport):
             _interrupt_on_cancel(link, job)
             remaining_s = job.check()
             connection.wait_at_most(remaining_s)
+            started_s = time.monotonic() if nbytes >= MANY_STREAMS_FROM_NBYTES else 0.0
             if pull_run(connection, job, remaining_s):
                 link.leave(connection, charge)
+                if started_s:
+                    link.measured_one_stream(nbytes, time.monotonic() - started_s)
                 return
         except BaseException as error:  # noqa: BLE001 - raised again below
             failure = error

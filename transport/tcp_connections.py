@@ -102,6 +102,17 @@ class Link:
         if not is_kept:
             connection.close()
 
+    def num_streams(self, nbytes: int) -> int:
+        """How many connections a pull over the only path is worth, by what was measured."""
+        with self.lock:
+            worth = self.paths.num_streams(self.path_names[0], nbytes)
+        return min(worth, self._settings.max_streams)
+
+    def measured_one_stream(self, nbytes: int, seconds: float) -> None:
+        """A pull over the only path used one connection, for so long."""
+        with self.lock:
+            self.paths.measured(self.path_names[0], nbytes, num_streams=1, seconds=seconds)
+
     def take_idle(self, path: str, user: Patience) -> Connection | None:
         """A kept connection of this path, the one used last; None where there is none."""
         with self.lock:

@@ -100,9 +100,10 @@ class StripedPull:
         runs: Sequence[Run],
         *,
         max_streams: int,
+        num_streams: int,
         begin: Callable[[Callable[[], None]], object],
     ) -> None:
-        """`begin` runs a lane in a thread, sooner or later."""
+        """`begin` runs a lane in a thread, sooner or later; `num_streams` as for `Stripes`."""
         self.job = job
         self.is_over = False
         self._link = link
@@ -123,6 +124,7 @@ class StripedPull:
             piece_nbytes=job.order.piece_nbytes if is_looked_at else CHUNK_NBYTES,
             striped_from_nbytes=STRIPED_FROM_NBYTES,
             stall_s=LANE_STALL_S,
+            num_streams=num_streams,
         )
         self._untold = iter(pieces(runs if is_looked_at else (), job.order.piece_nbytes))
         self._next_untold = next(self._untold, None)
