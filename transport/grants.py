@@ -2,6 +2,7 @@
 
 Rules kept here: a capability names one grant; a request is checked whole (capability, epoch,
 generation, life, every range) before a byte is touched, and the grant once more before each piece;
+those whose life is long over are forgotten, whether their owner takes them back or not;
 an unknown capability, a revoked one and one of another epoch or generation look alike from outside;
 when `revoke` has returned, no piece is under way and none begins.
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from snowskin.transport.words import Completion
 
 _NBYTES = operator.itemgetter(1)
+REMEMBER_S = 60.0  # for so long who comes too late hears that it is too late
+_SWEEP_FROM = 64
 
 
 class GrantedRanges:
@@ -176,9 +179,11 @@ class GrantTable:
         """Empty."""
         self._grants: dict[bytes, Grant] = {}
         self._lock = threading.Lock()
+        self._sweep_from = _SWEEP_FROM
+        self._closed = False
 
     def __len__(self) -> int:
-        """How many there are, the expired ones that nobody asked for since included."""
+        """How many there are, those that expired a short while ago included."""
         return len(self._grants)
 
     def add(
@@ -193,7 +198,7 @@ class GrantTable:
         """Grants `ranges`, all of the region where None.
 
         Raises:
-            OutOfBounds: a range leaves the region. TransportClosed: the region is closed.
+            OutOfBounds: a range leaves the region. TransportClosed: the region or this table is closed.
         """
         if region.closed:
             raise TransportClosed("a closed region cannot be described")
@@ -207,7 +212,12 @@ class GrantTable:
             expires_at_s=now_s + descriptor.expires_in_s,
             on_done=on_done,
         )
+        if len(self._grants) >= self._sweep_from:
+            self.forget_expired(now_s - REMEMBER_S)
+            self._sweep_from = max(_SWEEP_FROM, 2 * len(self._grants))
         with self._lock:
+            if self._closed:
+                raise TransportClosed("the owner is closed, and grants nothing any more")
             self._grants[descriptor.capability] = grant
         return grant
 
@@ -247,7 +257,7 @@ class GrantTable:
             grant.revoke()
 
     def forget_expired(self, now_s: float) -> int:
-        """Drops the grants whose life is over; how many those were."""
+        """Drops the grants whose life was over at `now_s`; how many those were."""
         with self._lock:
             over = [key for key, grant in self._grants.items() if now_s >= grant.expires_at_s]
         for capability in over:
@@ -255,7 +265,9 @@ class GrantTable:
         return len(over)
 
     def close(self) -> None:
-        """Revokes all."""
+        """Revokes all, and takes no more. Idempotent."""
+        with self._lock:
+            self._closed = True
         for capability in list(self._grants):
             self.revoke(capability)
 

@@ -63,9 +63,14 @@ class LoopbackNetwork:
         """Makes what is granted there reachable."""
         self._owners.append(owner)
 
+    def leave(self, owner: LoopbackTransport) -> None:
+        """Keeps nothing of an owner that is closed. Idempotent."""
+        with contextlib.suppress(ValueError):
+            self._owners.remove(owner)
+
     def find(self, descriptor: RegionDescriptor) -> tuple[LoopbackTransport, Grant]:
         """The owner and its grant; GrantRefused where nobody gave it."""
-        for owner in self._owners:
+        for owner in list(self._owners):
             with contextlib.suppress(GrantRefused):
                 grant = owner.grants.find(
                     descriptor.capability,
@@ -172,6 +177,7 @@ class LoopbackTransport(CopyingTransport):
         self._released.set()
         self._late.clear()
         super().close()
+        self._network.leave(self)
 
     def _move_with_faults(
         self,

@@ -34,7 +34,7 @@ def table():
     return GrantTable()
 
 
-def add(table, region, ranges=None, **fields):
+def add(table, region, ranges=None, *, at_s=0.0, **fields):
     descriptor = RegionDescriptor(
         **{
             "scheme": "tcp",
@@ -45,7 +45,7 @@ def add(table, region, ranges=None, **fields):
             **fields,
         }
     )
-    return table.add(descriptor, region, ranges, now_s=0.0)
+    return table.add(descriptor, region, ranges, now_s=at_s)
 
 
 def test_a_grant_is_found_by_capability_epoch_and_generation_together(table, region):
@@ -171,4 +171,23 @@ def test_the_expired_are_forgotten_and_the_living_kept(table, region):
     assert table.forget_expired(2.0) == 1
     assert len(table) == 1
     table.close()
+    assert len(table) == 0
+
+
+def test_what_nobody_takes_back_is_forgotten_a_while_after_its_life(table, region):
+    for number in range(1000):
+        capability = number.to_bytes(16)
+        add(table, region, expires_in_s=1.0, capability=capability, at_s=float(number))
+        assert table.get(capability) is not None
+    assert len(table) < 200
+    with pytest.raises(RegionExpired):
+        table.find((990).to_bytes(16), epoch=5, generation=2).check(
+            [(0, 1)], is_push=False, now_s=999.0
+        )
+
+
+def test_a_closed_table_takes_nothing_in(table, region):
+    table.close()
+    with pytest.raises(TransportClosed):
+        add(table, region)
     assert len(table) == 0

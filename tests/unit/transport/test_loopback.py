@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +19,7 @@ from snowskin.transport.errors import (
     TransferTimedOut,
     TransportClosed,
 )
-from snowskin.transport.loopback import LoopbackFaults, LoopbackTransport
+from snowskin.transport.loopback import LoopbackFaults, LoopbackNetwork, LoopbackTransport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,3 +148,15 @@ def test_closing_the_transport_wakes_who_waits_for_a_lost_piece(pair: Pair) -> N
     pair.transport.closed = True
     with pytest.raises(TransportClosed):
         pair.transport._move_with_faults(pair.local, 0, pair.owned, 0, 10, time.monotonic() + 1e6)
+
+
+def test_network_keeps_nothing_of_those_who_have_left() -> None:
+    network = LoopbackNetwork()
+    left = [weakref.ref(transport := LoopbackTransport(network)) for _ in range(3)]
+    transport.close()
+    for each in left:
+        if (transport := each()) is not None:
+            transport.close()
+    del transport
+    gc.collect()
+    assert not any(each() for each in left)
