@@ -171,7 +171,7 @@ class ClientTransports:
         with self._looking:
             own = self._own
             if own is None:
-                wanted = {*self.schemes, GRPC} - {UCX}
+                wanted = {*self.schemes, SHM, GRPC} - {UCX}
                 facts = read_host()
                 own = OwnSide(
                     identity=own_identity(),

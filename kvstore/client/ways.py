@@ -16,6 +16,7 @@ from snowskin.transport.advertisement import Advertisement
 from snowskin.transport.choice import (
     CUDA_IPC_KIND,
     GPUDIRECT_KIND,
+    LOOPBACK,
     SHM,
     UCX,
     Choice,
@@ -114,7 +115,9 @@ def log_way(choice: Choice, *, node: str) -> None:
         via=choice.via,
         paths=[path.name for path in choice.paths],
         reason=choice.reason,
-        not_taken="; ".join(f"{one.scheme}: {one.reason}" for one in choice.not_taken),
+        not_taken="; ".join(
+            f"{one.scheme}: {one.reason}" for one in choice.not_taken if one.scheme != LOOPBACK
+        ),
     )
 
 

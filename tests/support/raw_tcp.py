@@ -233,7 +233,7 @@ class RawOwner:
     `serve` is given the stream; what it raises is kept in `error` and raised at the end.
     """
 
-    serve: Callable[[RawStream], None]
+    serve: Callable[[RawStream], object]
     port: int = 0
     error: BaseException | None = None
     num_connections: int = 0

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from snowskin.kvstore.client import transports as transports_module
 from snowskin.kvstore.client.transports import ClientTransports
@@ -223,3 +224,15 @@ def test_what_connections_of_the_past_moved_is_counted_still():
         mapped.close()
         assert transports.statistics()["shm"].pulled_nbytes == 60
         os.close(fd)
+
+
+def test_one_line_says_which_way_and_why_and_why_not_the_others(ucx_here):
+    transports = opened()
+    with capture_logs() as lines:
+        transports.ways_to(told("tcp", "ucx"), node="node n")
+    (line,) = [line for line in lines if line["event"] == "way to node"]
+    assert (line["node"], line["scheme"], line["log_level"]) == ("node n", "tcp", "info")
+    assert "1 preferred" in line["reason"]
+    assert line["not_taken"].startswith("shm: another host; ")
+    assert "ucx: it was not tried" in line["not_taken"]
+    transports.close()
