@@ -1,7 +1,8 @@
 """One peer of `ucx`: the endpoint to it, what is said over it, and when it counts as lost.
 
 Rules kept here: only the progress thread comes here; what UCX still reads is kept until UCX says so; a peer is lost
-once, for one reason, and then its endpoint is closed, which ends everything posted on it.
+once, for one reason, and then its endpoint is closed, which ends everything posted on it; what is kept for a peer that
+does not listen is bounded.
 
 UCX keeps no order between messages: a small one may overtake a large one that waits for room. Whatever is said here is
 understood in any order that can happen so.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from snowskin.transport.memory import Bytes
     from snowskin.transport.ucp.api import UcpWorker
 
+MAX_UNTAKEN = 4096  # messages that UCX holds for one peer
 MAX_EARLY = 64  # parts of a stream that came before what belongs in front of them
 
 
@@ -148,6 +150,10 @@ class Conversation:
         spans: Sequence[Span],
         done: Callable[[], object],
     ) -> None:
+        if len(self._posted) >= MAX_UNTAKEN:
+            self.lose(f"takes none of {MAX_UNTAKEN} messages")
+            done()
+            return
         number = next(self._numbers)
         self._posted[number] = self.said_at_s = time.monotonic()
 

@@ -47,7 +47,7 @@ from snowskin.transport.ucx_conversation import (
     Cursor,
     FairQueue,
 )
-from snowskin.transport.ucx_settings import CHUNK_NBYTES
+from snowskin.transport.ucx_settings import CHUNK_NBYTES, MAX_HEARTBEAT_S
 from snowskin.transport.ucx_wire import (
     LEAVING,
     MAX_DATA_NBYTES,
@@ -243,7 +243,8 @@ class Owner:
         except (UcpFailure, ValueError) as error:
             log.warning("ucx: %s cannot be answered: %s", hello.name, error)
             return
-        silence_s = max(settings.silence_s, 3 * hello.heartbeat_ms / 1000)
+        heartbeat_s = min(hello.heartbeat_ms / 1000, MAX_HEARTBEAT_S)
+        silence_s = max(settings.silence_s, 3 * heartbeat_s)
         session = Session(conversation=conversation, silence_s=silence_s)
         self._sessions[name] = session
         conversation.say(

@@ -16,6 +16,7 @@ from snowskin.transport.ucp.api import HARDWARE_TRANSPORTS
 
 RECEIVE_SEGMENT_NBYTES = 1 << 20
 CHUNK_NBYTES = RECEIVE_SEGMENT_NBYTES - 4096  # one fragment of UCX's tcp, with its heads
+MAX_HEARTBEAT_S = 20  # an owner waits for nobody who speaks more seldom
 
 # Transports that only bring others about or move bytes inside this host: they serve no peer's one-sided access.
 _AUXILIARY = frozenset({"self", "cuda_copy", "cuda", "ud:aux", "ud_v:aux", "ud_x:aux"})
@@ -72,6 +73,11 @@ class UcxSettings:
             value = getattr(self, each.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
                 raise TransportUnavailable(f"ucx: {each.name} = {value} is out of range")
+        if self.heartbeat_s > MAX_HEARTBEAT_S:
+            raise TransportUnavailable(
+                f"ucx: heartbeat_s = {self.heartbeat_s}: owners take who says nothing for so long for lost",
+                hint=f"at most {MAX_HEARTBEAT_S} s",
+            )
         if self.silence_s < 2 * self.heartbeat_s:
             raise TransportUnavailable(
                 f"ucx: a peer that speaks every {self.heartbeat_s} s is silent for {self.silence_s} s now and then",

@@ -15,8 +15,9 @@ from snowskin.transport.api import RegionDescriptor
 from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welcome, encode
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
+from snowskin.transport.ucx_conversation import MAX_UNTAKEN
 from snowskin.transport.ucx_owner import Owner
-from snowskin.transport.ucx_settings import CHUNK_NBYTES, UcxSettings
+from snowskin.transport.ucx_settings import CHUNK_NBYTES, MAX_HEARTBEAT_S, UcxSettings
 from snowskin.transport.ucx_wire import (
     ONE_SIDED,
     WINDOW_NBYTES,
@@ -364,6 +365,24 @@ def test_reader_that_leaves_is_forgotten_with_all_that_it_asked(stage: OwnerStag
     stage.hear(STOP, 0)
     assert stage.owner.num_sessions == 0
     assert stage.ledger.counts == {"failed": 1}
+
+
+def test_peer_that_asks_and_does_not_listen_is_kept_few_answers(stage: OwnerStage) -> None:
+    held: list[Any] = []
+    stage.thread.endpoint.send = lambda _header, _payload, done, **_: held.append(done)  # type: ignore[method-assign]
+    for _ in range(2 * MAX_UNTAKEN):
+        stage.frame(Ping(op=1))
+    assert len(held) == MAX_UNTAKEN
+    assert stage.owner.num_sessions == 0
+    assert stage.owner.num_lost == 1
+
+
+def test_peer_cannot_ask_to_be_remembered_for_days() -> None:
+    stage = OwnerStage()
+    stage.greet(hello=replace(HELLO, heartbeat_ms=2**32 - 1))
+    (welcome,) = stage.frames()
+    assert isinstance(welcome, Welcome)
+    assert welcome.idle_timeout_ms == 3 * MAX_HEARTBEAT_S * 1000
 
 
 def test_owner_that_closes_says_so() -> None:

@@ -106,7 +106,14 @@ def test_hardware_is_known_by_the_names_that_ucx_uses() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"silence_s": 1.0}, {"get_nbytes": 0}, {"stall_s": -1.0}, {"name": ""}, {"name": "x" * 200}],
+    [
+        {"silence_s": 1.0},
+        {"get_nbytes": 0},
+        {"stall_s": -1.0},
+        {"heartbeat_s": 21.0, "silence_s": 99.0},
+        {"name": ""},
+        {"name": "x" * 200},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(TransportUnavailable):
