@@ -90,7 +90,7 @@ class Quarantine:
         held: the ranges, by whatever names the transfer; asked for by every transfer.
     """
 
-    __slots__ = ("held",)
+    __slots__ = ("__weakref__", "held")
 
     def __init__(self) -> None:
         """Nothing is held."""

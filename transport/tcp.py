@@ -79,6 +79,7 @@ class AttachedTcpRegion(AttachedRegion):
             forget=forget,
         )
         self.link = link
+        self.quarantined = link.quarantine_of(descriptor.capability)
         self._leave = leave
 
     def close(self) -> None:
@@ -553,7 +554,7 @@ def _let_go(link: Link, connection: Connection, job: Job, error: BaseException) 
     """
     order = job.order
     has_ended = isinstance(error, PeerLost) and not job.was_given_up()
-    if order.is_pull or has_ended or not job.heard or connection.is_reusable or order.remote.closed:
+    if order.is_pull or has_ended or not job.heard or connection.is_reusable:
         link.give_back(connection)
         return
     quarantined = order.remote.quarantined

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from snowskin.transport.addresses import Reachability
 from snowskin.transport.errors import PeerLost, TransportUnavailable
+from snowskin.transport.memory import Quarantine
 from snowskin.transport.paths import Path, PathSet
 from snowskin.transport.tcp_dialing import dial
 from snowskin.transport.tcp_gate import Gate
@@ -68,6 +70,9 @@ class Link:
         self.busy: dict[Connection, Patience] = {}
         self.pinged: dict[int, tuple[Connection, float]] = {}
         self.draining: dict[int, tuple[Connection, float, Callable[[], None]]] = {}
+        self._quarantines: weakref.WeakValueDictionary[bytes, Quarantine] = (
+            weakref.WeakValueDictionary()
+        )
         self.num_open = 0
         self.is_lost = False
         self.num_users = 0  # attached regions; guarded by Connections
@@ -248,6 +253,11 @@ class Link:
             for connection, user in self.busy.items():
                 if affects(user):
                     connection.interrupt()
+
+    def quarantine_of(self, capability: bytes) -> Quarantine:
+        """What abandoned pushes may still write under a grant, however often it is attached."""
+        with self.lock:
+            return self._quarantines.setdefault(capability, Quarantine())
 
     def failed(self, path: str) -> None:
         """A connection of this path broke though it was new, or its owner is silent."""
