@@ -15,7 +15,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from snowskin.kvstore.messages import GrantedRegion
-from snowskin.transport.errors import GrantRefused
+from snowskin.kvstore.telemetry import get_logger
+from snowskin.transport.errors import GrantRefused, TransportError
 from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from snowskin.transport.api import Transport, TransportStatistics
     from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.memory import MemoryRegion
+
+log = get_logger(__name__)
 
 
 class DataPlane:
@@ -65,7 +68,7 @@ class DataPlane:
         writable: bool,
         life_s: float,
     ) -> tuple[GrantedRegion, ...]:
-        """Opens the extents of a lease.
+        """Opens the extents of a lease, by each transport that can: none where one pool cannot be opened by any.
 
         Args:
             lease_id: of a lease that lives.
@@ -88,16 +91,27 @@ class DataPlane:
         for pool_id, ranges in by_pool.items():
             descriptors = []
             for transport in chosen:
-                descriptor = transport.describe(
-                    self._regions[transport.scheme][pool_id],
-                    ranges=ranges,
-                    writable=writable,
-                    epoch=self._epoch,
-                    generation=lease_id,
-                    expires_in_s=life_s,
-                )
+                try:
+                    descriptor = transport.describe(
+                        self._regions[transport.scheme][pool_id],
+                        ranges=ranges,
+                        writable=writable,
+                        epoch=self._epoch,
+                        generation=lease_id,
+                        expires_in_s=life_s,
+                    )
+                except TransportError as error:
+                    log.error(
+                        "lease not opened",
+                        scheme=transport.scheme,
+                        lease=lease_id,
+                        error=str(error),
+                    )
+                    continue
                 self._granted.setdefault(lease_id, []).append((transport, descriptor))
                 descriptors.append(descriptor.to_bytes())
+            if not descriptors:
+                return ()
             regions.append(GrantedRegion(pool_id=pool_id, descriptors=tuple(descriptors)))
         return tuple(regions)
 

@@ -38,7 +38,7 @@ from snowskin.kvstore.node.peers import PeerSessions
 from snowskin.kvstore.node.watching import Watchers, WatchLimits
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.kvstore.wire import reply_to, request_from
-from snowskin.transport.errors import SnowskinError, TransportError
+from snowskin.transport.errors import SnowskinError
 from snowskin.v1 import common_pb2, store_pb2, store_pb2_grpc
 
 if TYPE_CHECKING:
@@ -124,17 +124,13 @@ class StoreService(store_pb2_grpc.StoreServicer):
         life_s: float,
     ) -> tuple[GrantedRegion, ...]:
         """The regions of a lease on the data plane; none where it cannot open any: then bytes go the slow path."""
-        try:
-            return self._shell.data_plane.grant(
-                lease_id,
-                extents,
-                request.schemes,
-                writable=not isinstance(request, MatchRequest),
-                life_s=life_s,
-            )
-        except TransportError as error:
-            log.error("lease not opened on the data plane", lease=lease_id, error=str(error))
-            return ()
+        return self._shell.data_plane.grant(
+            lease_id,
+            extents,
+            request.schemes,
+            writable=not isinstance(request, MatchRequest),
+            life_s=life_s,
+        )
 
     async def _call(self, session_id: SessionId, name: str, message: Any, response: Any) -> Any:
         request = request_from(name, message)
