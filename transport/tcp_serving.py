@@ -318,7 +318,11 @@ class ServedConnection:
                     return self._partial_since_s + settings.frame_timeout_s
                 idle_s = settings.idle_timeout_s or math.inf
                 return self._heard_at_s + idle_s
-            case Phase.SENDING | Phase.RECEIVING | Phase.AWAITING_DONE:
+            case Phase.AWAITING_DONE:
+                # Whatever the deadline: a DONE that is on its way belongs to a pull that was in time.
+                assert transfer is not None, "in this phase there is one"
+                return transfer.moved_at_s + settings.frame_timeout_s
+            case Phase.SENDING | Phase.RECEIVING:
                 assert transfer is not None, "in these phases there is one"
                 return min(transfer.deadline_s, transfer.moved_at_s + settings.frame_timeout_s)
             case Phase.GREETING:
@@ -414,7 +418,7 @@ class ServedConnection:
                 waited_s = now_s - self._partial_since_s
                 self.leave(BadFrame(f"a frame did not end within {waited_s:.1f} s"), now_s)
             case Phase.SENDING | Phase.RECEIVING | Phase.AWAITING_DONE if transfer is not None:
-                if now_s >= transfer.deadline_s:
+                if now_s >= transfer.deadline_s and self.phase is not _AWAITING_DONE:
                     error = TransferTimedOut(
                         f"{transfer.left} of {transfer.nbytes} bytes had not moved after "
                         f"{transfer.ask.timeout_ms} ms"

@@ -580,3 +580,15 @@ def test_each_transfer_that_a_peer_leaves_behind_is_counted_once():
     served.connection.lose(0.0)
     assert served.ledger.num_failed == 1
     assert served.phase is Phase.OVER
+
+
+def test_a_done_that_is_on_its_way_at_the_deadline_is_heard():
+    served = Served()
+    served.hear(ask(wants_done=True, timeout_ms=1))
+    served.send_all()
+    served.connection.on_due(0.5)
+    assert served.phase is Phase.AWAITING_DONE
+    served.hear(Done(op=1, note=b"in time"), now_s=0.5)
+    assert served.phase is Phase.IDLE
+    assert [told.note for told in served.say_news()] == [b"in time"]
+    assert not served.said()
