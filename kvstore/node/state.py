@@ -213,7 +213,7 @@ class NodeState:
             case CommitRequest():
                 return self._settle(self._writing.commit(session, call_id, request, now_s), now_s)
             case AbortRequest():
-                return self._settle(self._writing.abort(session, call_id, request), now_s)
+                return self._settle(self._writing.abort(session, call_id, request, now_s), now_s)
             case ProbeRequest():
                 return [Reply(session.id, call_id, self._reading.probe(session, request))]
             case RenewRequest():

@@ -3,7 +3,8 @@
 Rules kept here: room is given to clients in turn, to each in the order of asking. A write lease pins the parents that
 it named. Of two writers of one block the first to commit wins. A write lease that runs out is fenced: if its session
 maps memory its bytes are quarantined until the writer gives them back or its session ends, otherwise they are free.
-So is at once whatever a writer holds that is cut off while it lives.
+So is at once whatever a writer holds that is cut off while it lives. What is given back where another host could write
+one-sidedly is in quarantine until the lease's grace is over.
 While too much of a pool is in quarantine, those whose writes are there get no more of it. A block for one reader whom
 nobody saw for as long as a reader may hold it is given up before a reservation is refused. Whoever ends a reservation
 is told which blocks became visible and which will not come (`Outcome`), for those who wait for them.
@@ -363,12 +364,16 @@ class Writing:
             self.unread.leave(lease.session_id, entry, now_s)
         return True
 
-    def abort(self, session: Session, call_id: int, request: AbortRequest) -> Outcome:
-        """The writer gives back what it did not commit."""
+    def abort(self, session: Session, call_id: int, request: AbortRequest, now_s: float) -> Outcome:
+        """The writer gives back what it did not commit; what it wrote one-sidedly may still come for a grace."""
         lease = self._own(session, request.lease_id)
         freed_nbytes = sum(block.segment.block_nbytes for block in lease.hold.left)
         outcome = Outcome([Reply(session.id, call_id, Aborted(freed_nbytes=freed_nbytes))])
-        self._end(lease, outcome)
+        if session.maps_memory or not lease.grace_s:
+            self._end(lease, outcome)
+        elif lease.hold.use is Use.RESERVED:
+            self.leases.run_out(lease.id, now_s)
+            self._quarantine(lease.hold, outcome)
         return outcome
 
     def end_session(self, session_id: SessionId) -> Outcome:
@@ -484,14 +489,17 @@ class Writing:
         return outcome
 
     def _fence(self, lease: WriteLease, outcome: Outcome) -> None:
-        if lease.hold.use is Use.QUARANTINED:  # it was revoked
-            return
         session = self._sessions.get(lease.session_id)
-        self._residence.counters["write_leases_expired"] += 1
-        if session is None or not session.maps_memory:
+        maps_memory = session is not None and session.maps_memory
+        is_told = lease.hold.use is Use.QUARANTINED  # it was revoked, or given back
+        self._residence.counters["write_leases_expired"] += not is_told
+        if not maps_memory:
             self._end(lease, outcome)
-            return
-        hold = lease.hold
+        elif not is_told:
+            self._quarantine(lease.hold, outcome)
+
+    def _quarantine(self, hold: WriteHold, outcome: Outcome) -> None:
+        """No block of it comes any more, but stores may still land where they were to be."""
         self._will_not_come(hold, outcome)
         for block in hold.left:
             self._residence.quarantine(block.segment, 1)

@@ -477,3 +477,27 @@ async def test_what_peers_move_one_sidedly_has_a_grace_before_its_room_is_anothe
         stat = await client.stat()
         held = (1, 1) if kind is OneSided else (0, 0)
         assert (stat.num_read_leases, stat.num_write_leases) == held
+
+
+@pytest.mark.parametrize("kind", [LoopbackTransport, OneSided])
+async def test_room_that_is_given_back_while_one_sided_bytes_may_come_is_nobodys_for_a_grace(kind):
+    wire = Loopback()
+    wire.owner = lambda: kind(wire.network)
+    async with node_and_client(wire, grace_s=0.2) as (node, client):
+        holder = Holder(client)
+        reserved = await holder.reserve(1, 1)
+        for _ in range(2):  # the second is a retry whose first answer was lost
+            await holder.call(AbortRequest(lease_id=reserved.lease.id), reserved.lease)
+            (pool,) = node.shell.stat().pools
+            assert pool.quarantined_nbytes == (BLOCK if kind is OneSided else 0)
+            assert pool.reserved_nbytes == 0
+            node.shell.state.check()
+            if kind is not OneSided:
+                break
+        async with asyncio.timeout(5):
+            while node.shell.stat().num_write_leases:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        node.shell.state.check()
+        (pool,) = node.shell.stat().pools
+        assert pool.quarantined_nbytes == 0
+        assert pool.free_nbytes == pool.capacity_nbytes
