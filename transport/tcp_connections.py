@@ -236,16 +236,16 @@ class Link:
         """A push failed half-way: says so, and calls `at_end` once the owner has ended the connection too."""
         connection.is_reusable = False
         connection.end_sending()
+        # Watched first: as soon as it is drained it is the keeper's, who may close it.
+        is_watched = self._keeper.watch_end(connection)
         with self.lock:
             del self.busy[connection]
-            until_s = time.monotonic() + self._settings.pong_timeout_s
-            self.draining[connection.fd] = (connection, until_s, at_end)
-        if not self._keeper.watch_end(connection):
-            with self.lock:
-                if self.draining.pop(connection.fd, None) is None:
-                    return
-                self.num_open -= 1
-            connection.close()
+            if is_watched and not self._keeper.closed:
+                until_s = time.monotonic() + self._settings.pong_timeout_s
+                self.draining[connection.fd] = (connection, until_s, at_end)
+                return
+            self.num_open -= 1
+        connection.close()
 
     def interrupt(self, affects: Callable[[Patience], bool]) -> None:
         """Ends the transfers under way that `affects` names."""

@@ -13,6 +13,7 @@ from snowskin.transport.api import Run
 from snowskin.transport.errors import LandingQuarantined, TransferTimedOut, TransportClosed
 from snowskin.transport.frames import Clear
 from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp_keeper import Keeper
 from tests.support.raw_tcp import RawOwner, greeted
 from tests.support.waiting import eventually
 
@@ -85,3 +86,22 @@ def test_closing_the_region_of_a_push_under_way_ends_no_quarantine():
             rig.push(again, 999)
         rig.go.set()
         eventually(lambda: not again.quarantined.held, WITHIN_S)
+
+
+def test_a_push_that_its_owner_ends_while_it_is_given_up_is_only_too_late(monkeypatch):
+    """The keeper may close a connection that drains before its user has told all of it."""
+    watch_end = Keeper.watch_end
+
+    def after_the_end(self, connection):
+        rig.go.set()
+        eventually(lambda: connection.closed or connection.is_dead(), WITHIN_S)
+        time.sleep(0.05)
+        return watch_end(self, connection)
+
+    monkeypatch.setattr(Keeper, "watch_end", after_the_end)
+    with Rig() as rig:
+        remote = rig.attach()
+        with pytest.raises(TransferTimedOut):
+            rig.push(remote, 0, within_s=0.1)
+        eventually(lambda: not remote.quarantined.held, WITHIN_S)
+        assert rig.transport.statistics().num_connections == 0
