@@ -146,7 +146,11 @@ class RemoteRegion(Protocol):
         """Whether `close` was called."""
 
     def close(self) -> None:
-        """Ends the attachment; when it returns, no push lands there any more. Idempotent."""
+        """Ends the attachment, and transfers that use it. Idempotent.
+
+        No push begins any more. What one had sent already over a wire may land for a moment longer: that nothing does
+        is the owner's to say, by `revoke`.
+        """
 
 
 class Transport(Protocol):

@@ -55,7 +55,7 @@ class Job:
         is_asked: `pull_run` has asked, and `pull` goes on.
         heard: the owner answered to what was asked last.
         landed_nbytes: moved so far, from the first run on.
-        thread_ident: whose thread drives it; 0 = an event loop's.
+        thread_ident: the thread that drives it, an event loop's included.
     """
 
     __slots__ = (
