@@ -17,13 +17,10 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from snowskin.transport.errors import BadFrame, SnowskinError
 from snowskin.transport.words import MAX_NOTE_NBYTES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 WIRE_VERSION = 1
 MAGIC = b"snowskin"
@@ -489,8 +486,3 @@ def _decode_fail(op: int, body: bytes) -> Fail:
 def _text(text: str, max_nbytes: int) -> bytes:
     """UTF-8, cut at a character's end."""
     return text.encode()[:max_nbytes].decode("utf-8", "ignore").encode()
-
-
-def ranges_nbytes(ranges: Sequence[tuple[int, int]]) -> int:
-    """Sum of the sizes."""
-    return sum(nbytes for _, nbytes in ranges)
