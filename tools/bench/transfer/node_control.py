@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from snowskin.tools.bench.report import Row
 
 NUM_BLOCKS, BLOCK_NBYTES = 64, 256 * KIB
-DRAM_NBYTES = 128 * MIB
+DRAM_NBYTES = 256 * MIB
 END_TIMEOUT_S = 10.0
 
 

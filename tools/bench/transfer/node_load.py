@@ -7,6 +7,7 @@ is a number of seconds to pull for; it answers with the number of pulls and the 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -27,6 +28,7 @@ def keys_of(num_blocks: int) -> KeyColumn:
 
 def main(address: str, num_blocks: int, block_nbytes: int) -> None:
     """Pulls on demand until the input ends."""
+    os.nice(19)  # it stands for another host, whose cores these two are not
     keys, target = keys_of(num_blocks), np.zeros(num_blocks * block_nbytes, np.uint8)
     transports = ClientTransports("tcp")  # demanded: the slow path would be another question
     with (
