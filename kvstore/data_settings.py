@@ -13,8 +13,8 @@ from snowskin.kvstore.config import setting
 from snowskin.kvstore.errors import BadSetting, InsecureAddress
 from snowskin.kvstore.role import RoleSettings
 from snowskin.transport.routes import is_loopback
-from snowskin.transport.tcp_settings import TlsFiles
-from snowskin.transport.ucx_settings import UcxSettings
+from snowskin.transport.tcp.settings import TlsFiles
+from snowskin.transport.ucx.settings import UcxSettings
 
 LOOPBACK_DEVICE = "lo"
 

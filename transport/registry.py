@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from snowskin.transport.errors import TransportUnavailable
 from snowskin.transport.loopback import LoopbackTransport
 from snowskin.transport.shm import ShmTransport
-from snowskin.transport.tcp import open_tcp
-from snowskin.transport.ucx import open_ucx
+from snowskin.transport.tcp.transport import open_tcp
+from snowskin.transport.ucx.transport import open_ucx
 
 if TYPE_CHECKING:
     from collections.abc import Callable

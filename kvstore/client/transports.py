@@ -24,11 +24,11 @@ from snowskin.transport.host_probe import read_host
 from snowskin.transport.probes import own_identity, probe_transports
 from snowskin.transport.registry import open_transport
 from snowskin.transport.shm import ShmTransport
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_routes import TcpRoutes
-from snowskin.transport.tcp_settings import TcpSettings
-from snowskin.transport.ucx import UcxTransport
-from snowskin.transport.ucx_settings import UcxSettings
+from snowskin.transport.tcp.routes import TcpRoutes
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
+from snowskin.transport.ucx.settings import UcxSettings
+from snowskin.transport.ucx.transport import UcxTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.messages import NodeStat
     from snowskin.transport.advertisement import Advertisement
     from snowskin.transport.api import Transport
-    from snowskin.transport.tcp_settings import TlsFiles
+    from snowskin.transport.tcp.settings import TlsFiles
 
 MAX_CLIENT_NAME = 32  # in UTF-8 at most what the data plane takes
 ON_THIS_HOST = SHM

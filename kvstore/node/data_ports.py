@@ -21,9 +21,9 @@ from snowskin.transport.choice import SHM, TCP, UCX
 from snowskin.transport.errors import BadDescriptor, TransportUnavailable
 from snowskin.transport.host_probe import read_host
 from snowskin.transport.routes import advertised, is_everywhere
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_settings import TcpSettings
-from snowskin.transport.ucx import UcxTransport
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
+from snowskin.transport.ucx.transport import UcxTransport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

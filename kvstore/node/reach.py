@@ -17,7 +17,7 @@ from snowskin.transport.choice import GRPC, RDMA_KIND, SHM, TCP, UCX
 from snowskin.transport.host_probe import read_host
 from snowskin.transport.probes import advertise, probe_transports
 from snowskin.transport.routes import advertised
-from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp.transport import TcpTransport
 from snowskin.transport.topology import HostFacts
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import pytest
 from snowskin.transport.api import Run
 from snowskin.transport.errors import PeerLost, TransferTimedOut, TransportError
 from snowskin.transport.ucp.binding import why_unavailable
-from snowskin.transport.ucx import UcxTransport
-from snowskin.transport.ucx_settings import UcxSettings
+from snowskin.transport.ucx.settings import UcxSettings
+from snowskin.transport.ucx.transport import UcxTransport
 from tests.support.transfer_child import TestMemory, TransferChild
 from tests.support.waiting import eventually
 

@@ -31,10 +31,10 @@ from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import AttachedRegion, Order
 from snowskin.transport.paths import Path
-from snowskin.transport.tcp_connection import Connection
-from snowskin.transport.tcp_reader import Job, pull, push
-from snowskin.transport.tcp_serving import Phase, ServedConnection
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.connection import Connection
+from snowskin.transport.tcp.reader import Job, pull, push
+from snowskin.transport.tcp.serving import Phase, ServedConnection
+from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.words import Range
 
 if TYPE_CHECKING:

@@ -32,12 +32,12 @@ from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import Order
 from snowskin.transport.ucp.api import Span
-from snowskin.transport.ucx import UcxRegion
-from snowskin.transport.ucx_owner import Owner
-from snowskin.transport.ucx_progress import Timer
-from snowskin.transport.ucx_reader import Mailbox, Reader
-from snowskin.transport.ucx_settings import UcxSettings
-from snowskin.transport.ucx_wire import (
+from snowskin.transport.ucx.owner import Owner
+from snowskin.transport.ucx.progress import Timer
+from snowskin.transport.ucx.reader import Mailbox, Reader
+from snowskin.transport.ucx.settings import UcxSettings
+from snowskin.transport.ucx.transport import UcxRegion
+from snowskin.transport.ucx.wire import (
     ONE_SIDED,
     Hello,
     MessageHead,

@@ -32,8 +32,8 @@ from snowskin.transport.errors import (
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import region_of
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.served_node import served_node
 from tests.support.store_drivers import keys_of, namespace_of, noise
 
@@ -482,7 +482,7 @@ async def test_what_peers_move_one_sidedly_has_a_grace_before_its_room_is_anothe
 @pytest.mark.parametrize("kind", [LoopbackTransport, OneSided])
 async def test_room_that_is_given_back_while_one_sided_bytes_may_come_is_nobodys_for_a_grace(kind):
     wire = Loopback()
-    wire.owner = lambda: kind(wire.network)
+    wire.owner = lambda: kind(wire.network)  # type: ignore[method-assign]
     async with node_and_client(wire, grace_s=0.2) as (node, client):
         holder = Holder(client)
         reserved = await holder.reserve(1, 1)

@@ -22,10 +22,10 @@ from snowskin.kvstore.node.data_ports import open_transports
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import TransportError, TransportUnavailable
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
 from snowskin.transport.topology import HostFacts, Nic, NicAddress
-from snowskin.transport.ucx_settings import UcxSettings
+from snowskin.transport.ucx.settings import UcxSettings
 from tests.support.roles import running
 from tests.support.store_drivers import keys_of, namespace_of, noise
 from tests.support.tls_files import Authority

@@ -12,8 +12,8 @@ import pytest
 from snowskin.transport.api import Run
 from snowskin.transport.errors import LandingQuarantined, TransferTimedOut, TransportClosed
 from snowskin.transport.frames import Clear
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_keeper import Keeper
+from snowskin.transport.tcp.keeper import Keeper
+from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.raw_tcp import RawOwner, greeted
 from tests.support.waiting import eventually
 

@@ -34,10 +34,10 @@ from snowskin.transport.frames import (
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_owner import PAUSE_S, TcpOwner
-from snowskin.transport.tcp_serving import FAREWELL_S
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.owner import PAUSE_S, TcpOwner
+from snowskin.transport.tcp.serving import FAREWELL_S
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.raw_tcp import HELLO, RawReader, ask_of, reachable
 from tests.support.tls_files import Authority
 from tests.support.waiting import eventually

@@ -10,15 +10,15 @@ import time
 import numpy as np
 import pytest
 
-from snowskin.transport import tcp
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.api import Run, TransferControl
 from snowskin.transport.errors import PeerLost, TransportUnavailable
 from snowskin.transport.frames import Data, encode
 from snowskin.transport.paths import Path
 from snowskin.transport.stripes import Stripes
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp import transport as tcp
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.raw_tcp import RawOwner, at, greeted, next_ask
 from tests.support.tls_files import Authority
 from tests.support.waiting import eventually

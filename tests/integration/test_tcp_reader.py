@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from snowskin.transport import tcp_connection
 from snowskin.transport.api import Run, TrafficClass, TransferControl
 from snowskin.transport.errors import (
     GrantRefused,
@@ -21,8 +20,9 @@ from snowskin.transport.errors import (
     TransportClosed,
 )
 from snowskin.transport.frames import Clear, Data, Done, Fail, Hello, Ping, encode
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp import connection as tcp_connection
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.raw_tcp import WELCOME, RawOwner, greeted, next_ask
 from tests.support.waiting import eventually
 

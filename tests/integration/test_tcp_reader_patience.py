@@ -24,8 +24,8 @@ from snowskin.transport.errors import (
     TransportUnavailable,
 )
 from snowskin.transport.frames import Data, Fail, Hello, Ping, encode
-from snowskin.transport.tcp import NUM_DIALING, TcpTransport
-from snowskin.transport.tcp_connection import MIN_HEARTBEAT_S
+from snowskin.transport.tcp.connection import MIN_HEARTBEAT_S
+from snowskin.transport.tcp.transport import NUM_DIALING, TcpTransport
 from tests.support.raw_tcp import WELCOME, RawOwner, changed, greeted, next_ask
 
 NBYTES, WITHIN_S = 4096, 5.0

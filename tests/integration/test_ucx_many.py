@@ -21,8 +21,8 @@ from snowskin.transport.errors import (
     TransferTimedOut,
 )
 from snowskin.transport.ucp.binding import why_unavailable
-from snowskin.transport.ucx import UcxTransport
-from snowskin.transport.ucx_settings import UcxSettings
+from snowskin.transport.ucx.settings import UcxSettings
+from snowskin.transport.ucx.transport import UcxTransport
 
 NO_UCX = why_unavailable()
 pytestmark = pytest.mark.skipif(NO_UCX is not None, reason=f"NO UCX HERE: {NO_UCX}")

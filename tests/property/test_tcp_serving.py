@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from snowskin.transport.frames import HEAD_NBYTES, Ask, Data, Kind, decode_head, encode
-from snowskin.transport.tcp_serving import ServedTransfer
+from snowskin.transport.tcp.serving import ServedTransfer
 
 MEMORY = bytes(index * 7 % 251 for index in range(300))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snowskin.transport.tcp_settings import TlsFiles
+from snowskin.transport.tcp.settings import TlsFiles
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,12 +22,12 @@ from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import Memfd
 from snowskin.transport.ordered import NUM_WORKERS
 from snowskin.transport.shm import ShmTransport
-from snowskin.transport.tcp import TcpTransport
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.transport import TcpTransport
 from snowskin.transport.ucp.binding import why_unavailable
-from snowskin.transport.ucx import NUM_WORKERS as NUM_UCX_WORKERS
-from snowskin.transport.ucx import UcxTransport
-from snowskin.transport.ucx_settings import UcxSettings
+from snowskin.transport.ucx.settings import UcxSettings
+from snowskin.transport.ucx.transport import NUM_WORKERS as NUM_UCX_WORKERS
+from snowskin.transport.ucx.transport import UcxTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,7 +28,7 @@ from snowskin.transport.host_probe import read_host
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import Memfd, region_of
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import TcpTransport
+from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.served_node import stat_of
 
 FAR = HostIdentity(host=b"f" * 16, process=b"f" * 16, pid_namespace=1, net_namespace=1)

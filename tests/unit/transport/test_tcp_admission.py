@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from snowskin.transport.errors import PeerBusy
-from snowskin.transport.tcp_admission import Admission
+from snowskin.transport.tcp.admission import Admission
 
 
 @pytest.fixture

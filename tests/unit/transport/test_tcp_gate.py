@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snowskin.transport.tcp_gate import Gate, Ticket
+from snowskin.transport.tcp.gate import Gate, Ticket
 
 
 def waiting(gate: Gate, nbytes: int, urgency: int, entered: list[str], name: str) -> Ticket:

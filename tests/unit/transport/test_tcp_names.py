@@ -9,7 +9,7 @@ import pytest
 
 from snowskin.transport.addresses import Address
 from snowskin.transport.errors import TransferTimedOut
-from snowskin.transport.tcp_names import Names
+from snowskin.transport.tcp.names import Names
 
 NAME = Address("owner.example", 4711)
 WITHIN_S = 5.0

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from snowskin.transport import tcp_routes
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.advertisement import AdvertisedAddress
-from snowskin.transport.tcp_routes import TcpRoutes
+from snowskin.transport.tcp import routes as tcp_routes
+from snowskin.transport.tcp.routes import TcpRoutes
 from snowskin.transport.topology import HostFacts, Nic, NicAddress
 
 PORT = 7110

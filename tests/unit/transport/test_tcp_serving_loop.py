@@ -12,10 +12,10 @@ from snowskin.transport.errors import PeerBusy
 from snowskin.transport.frames import Fail, encode
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
-from snowskin.transport.tcp_admission import Admission
-from snowskin.transport.tcp_serving import ServedConnection
-from snowskin.transport.tcp_serving_loop import Link, ServingLoop
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.admission import Admission
+from snowskin.transport.tcp.serving import ServedConnection
+from snowskin.transport.tcp.serving_loop import Link, ServingLoop
+from snowskin.transport.tcp.settings import TcpSettings
 from tests.support.raw_tcp import HELLO, RawStream, ask_of
 
 CHUNK_NBYTES = 100_000
@@ -118,7 +118,7 @@ def test_the_most_urgent_go_first_and_those_of_a_class_take_turns(house):
 
 
 def test_what_is_urgent_overtakes_what_has_begun(house, monkeypatch):
-    monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
+    monkeypatch.setattr("snowskin.transport.tcp.serving_loop.TURN_NBYTES", 1)
     house.add("a")
     house.add("b")
     house.ask("a", 2)
@@ -128,7 +128,7 @@ def test_what_is_urgent_overtakes_what_has_begun(house, monkeypatch):
 
 
 def test_who_waits_long_for_a_turn_is_not_taken_for_a_peer_that_does_not_move(house, monkeypatch):
-    monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
+    monkeypatch.setattr("snowskin.transport.tcp.serving_loop.TURN_NBYTES", 1)
     house.add("a")
     house.add("b")
     house.ask("a", 2)
@@ -161,7 +161,7 @@ def test_a_connection_that_cannot_be_watched_is_ended_and_holds_no_place(house, 
 
 
 def test_a_small_one_waits_for_nobody(house, monkeypatch):
-    monkeypatch.setattr("snowskin.transport.tcp_serving_loop.TURN_NBYTES", 1)
+    monkeypatch.setattr("snowskin.transport.tcp.serving_loop.TURN_NBYTES", 1)
     house.add("a")
     house.add("b")
     house.ask("a", 0)

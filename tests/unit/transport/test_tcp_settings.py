@@ -6,7 +6,7 @@ import pytest
 
 from snowskin.transport.addresses import Address
 from snowskin.transport.errors import TransportUnavailable
-from snowskin.transport.tcp_settings import TcpSettings, TlsFiles
+from snowskin.transport.tcp.settings import TcpSettings, TlsFiles
 
 HERE = Address("192.0.2.1", 0)
 

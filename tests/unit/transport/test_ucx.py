@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from snowskin.transport import ucx_one_sided
 from snowskin.transport.api import Completion, Range, Run
 from snowskin.transport.errors import (
     GrantRefused,
@@ -27,11 +26,12 @@ from snowskin.transport.errors import (
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.ucp.api import UcpFailure
 from snowskin.transport.ucp.binding import why_unavailable
-from snowskin.transport.ucx import UcxTransport
-from snowskin.transport.ucx_one_sided import slices_of
-from snowskin.transport.ucx_progress import ProgressThread
-from snowskin.transport.ucx_settings import UcxSettings
-from snowskin.transport.ucx_wire import Reach
+from snowskin.transport.ucx import one_sided as ucx_one_sided
+from snowskin.transport.ucx.one_sided import slices_of
+from snowskin.transport.ucx.progress import ProgressThread
+from snowskin.transport.ucx.settings import UcxSettings
+from snowskin.transport.ucx.transport import UcxTransport
+from snowskin.transport.ucx.wire import Reach
 from tests.support.waiting import eventually
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from snowskin.transport.api import RegionDescriptor
 from snowskin.transport.frames import Clear, Done, Fail, Frame, Ping, Pong, Welcome, encode
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
-from snowskin.transport.ucx_conversation import MAX_UNTAKEN
-from snowskin.transport.ucx_owner import Owner
-from snowskin.transport.ucx_settings import CHUNK_NBYTES, MAX_HEARTBEAT_S, UcxSettings
-from snowskin.transport.ucx_wire import (
+from snowskin.transport.ucx.conversation import MAX_UNTAKEN
+from snowskin.transport.ucx.owner import Owner
+from snowskin.transport.ucx.settings import CHUNK_NBYTES, MAX_HEARTBEAT_S, UcxSettings
+from snowskin.transport.ucx.wire import (
     ONE_SIDED,
     WINDOW_NBYTES,
     MessageHead,

@@ -15,10 +15,10 @@ from snowskin.transport.frames import Clear, Done, Fail, encode
 from snowskin.transport.memory import region_of
 from snowskin.transport.ordered import Order
 from snowskin.transport.ucp.api import UcpFailure
-from snowskin.transport.ucx import UcxRegion
-from snowskin.transport.ucx_conversation import Conversation
-from snowskin.transport.ucx_reader import Mailbox, Reader
-from snowskin.transport.ucx_wire import (
+from snowskin.transport.ucx.conversation import Conversation
+from snowskin.transport.ucx.reader import Mailbox, Reader
+from snowskin.transport.ucx.transport import UcxRegion
+from snowskin.transport.ucx.wire import (
     ONE_SIDED,
     MessageHead,
     MessageKind,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from snowskin.transport.errors import BadDescriptor, TransportUnavailable
-from snowskin.transport.ucx_conversation import Cursor, FairQueue
-from snowskin.transport.ucx_settings import UcxSettings, is_hardware
-from snowskin.transport.ucx_wire import MessageHead, MessageKind, Reach
+from snowskin.transport.ucx.conversation import Cursor, FairQueue
+from snowskin.transport.ucx.settings import UcxSettings, is_hardware
+from snowskin.transport.ucx.wire import MessageHead, MessageKind, Reach
 from tests.fuzz.ucx_conversations import HELLO, SEALED
 
 
@@ -32,7 +32,7 @@ def vectors() -> dict[str, Any]:
 
 
 def test_bytes_are_those_of_the_vectors() -> None:
-    """Whoever means to change them raises the version in `ucx_wire.py`."""
+    """Whoever means to change them raises the version in `ucx/wire.py`."""
     path = Path(__file__).parents[2] / "vectors" / "ucx.json"
     assert json.loads(path.read_text()) == vectors()
 

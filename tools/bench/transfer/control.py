@@ -2,7 +2,8 @@
 
 Rules kept here: the control service is a small asyncio echo in the owner's process, called from a third process; idle
 and load alternate within a round; both ends and the caller may use both cores, as a node's processes may; the reader at
-full rate yields to all others (nice 19), because it stands for another host, whose cores these are not. A plain thread that serves sockets stands beside it: less than that costs, no data plane in the process can cost.
+full rate yields to all others (nice 19), because it stands for another host, whose cores these are not. A plain thread
+that serves sockets stands beside it: less than that costs, no data plane in the process can cost.
 """
 
 from __future__ import annotations

@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING
 
 from snowskin.transport.api import TrafficClass
 from snowskin.transport.errors import TransportClosed, TransportError
-from snowskin.transport.tcp_serving import Phase
+from snowskin.transport.tcp.serving import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from snowskin.transport.grants import Grant
-    from snowskin.transport.tcp_admission import Admission
-    from snowskin.transport.tcp_serving import ServedConnection
-    from snowskin.transport.tcp_streams import Stream
+    from snowskin.transport.tcp.admission import Admission
+    from snowskin.transport.tcp.serving import ServedConnection
+    from snowskin.transport.tcp.streams import Stream
     from snowskin.transport.words import Completion
 
 HEARD_NBYTES = 128 << 10  # more than the longest frame that is no DATA
@@ -43,7 +43,7 @@ TURN_NBYTES = 2 << 20  # what moves between two looks at who has something to sa
 PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
 SMALL_NBYTES = 64 << 10  # what such a transfer moves goes at once, whatever waits
 MAX_EVENTS = 256
-_SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see tcp_serving.py
+_SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see serving.py
 _LEAVING, _OVER = Phase.LEAVING, Phase.OVER
 CLOSE_S = 10.0
 PAUSE_S = 0.05  # after a failure of the loop itself

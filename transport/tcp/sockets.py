@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from snowskin.transport.errors import TransportUnavailable
 
 if TYPE_CHECKING:
-    from snowskin.transport.tcp_settings import TcpSettings
+    from snowskin.transport.tcp.settings import TcpSettings
 
 _TCP = socket.IPPROTO_TCP
 

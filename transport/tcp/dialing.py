@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from snowskin.transport.addresses import Address
 from snowskin.transport.errors import PeerLost
-from snowskin.transport.tcp_connection import NOTHING_YET, WAIT_S, Connection
-from snowskin.transport.tcp_sockets import set_options, set_options_for_peer
+from snowskin.transport.tcp.connection import NOTHING_YET, WAIT_S, Connection
+from snowskin.transport.tcp.sockets import set_options, set_options_for_peer
 
 if TYPE_CHECKING:
     import ssl
 
     from snowskin.transport.paths import Path
-    from snowskin.transport.tcp_names import Names, Patience
-    from snowskin.transport.tcp_settings import TcpSettings
+    from snowskin.transport.tcp.names import Names, Patience
+    from snowskin.transport.tcp.settings import TcpSettings
 
 
 def dial(

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from snowskin.transport.frames import Frame, Head
     from snowskin.transport.paths import Path
-    from snowskin.transport.tcp_settings import TcpSettings
+    from snowskin.transport.tcp.settings import TcpSettings
 
 WAIT_S = 0.05
 MIN_HEARTBEAT_S = 0.1  # an owner that is less patient than that may end what is idle

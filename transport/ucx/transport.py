@@ -7,7 +7,7 @@ go to UCX by its own means; this process's environment stays as it is. What move
 falls back silently: device memory that cannot be reached is an error.
 
 Three parts: the thread that asks (here) waits for its `Mailbox` and lands what came; the progress thread speaks to UCX
-(`ucx_progress.py`); `ucx_owner.py` and `ucx_reader.py` are what it says. `ucx_wire.py` is the wire.
+(`ucx/progress.py`); `ucx/owner.py` and `ucx/reader.py` are what it says. `ucx/wire.py` is the wire.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
 from snowskin.transport.runs import joined, pieces
 from snowskin.transport.ucp.api import Span, UcpFailure, UcpFeature
 from snowskin.transport.ucp.binding import open_context
-from snowskin.transport.ucx_conversation import Cursor
-from snowskin.transport.ucx_one_sided import OneSided, Registrations
-from snowskin.transport.ucx_owner import MAX_SPANS, Owner
-from snowskin.transport.ucx_progress import ProgressThread
-from snowskin.transport.ucx_reader import Mailbox, Reader
-from snowskin.transport.ucx_settings import (
+from snowskin.transport.ucx.conversation import Cursor
+from snowskin.transport.ucx.one_sided import OneSided, Registrations
+from snowskin.transport.ucx.owner import MAX_SPANS, Owner
+from snowskin.transport.ucx.progress import ProgressThread
+from snowskin.transport.ucx.reader import Mailbox, Reader
+from snowskin.transport.ucx.settings import (
     CHUNK_NBYTES,
     UcxSettings,
     is_auxiliary,
     is_hardware,
 )
-from snowskin.transport.ucx_wire import ONE_SIDED, WINDOW_NBYTES, MessageHead, Reach
+from snowskin.transport.ucx.wire import ONE_SIDED, WINDOW_NBYTES, MessageHead, Reach
 from snowskin.transport.words import Range
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from snowskin.transport.grants import Grant, GrantTable
-    from snowskin.transport.tcp_settings import TcpSettings
+    from snowskin.transport.tcp.settings import TcpSettings
 
 FAREWELL_S = 1.0  # how long a peer may take to hear why its connection ends
 MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head

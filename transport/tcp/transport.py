@@ -4,8 +4,8 @@ Rules kept here: attaching waits for nobody, the first transfer connects; a call
 event loop its own small ones; what broke before the owner had said anything is tried once more on a new connection, and
 what broke half-way goes on once, on a new one.
 
-`docs/wire.md` is what both sides say. The owner's side is `tcp_owner.py`, and is there where settings say where to
-listen; the reader's is `tcp_reader.py` over `tcp_connections.py`.
+`docs/wire.md` is what both sides say. The owner's side is `tcp/owner.py`, and is there where settings say where to
+listen; the reader's is `tcp/reader.py` over `tcp/connections.py`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
 from snowskin.transport.paths import MANY_STREAMS_FROM_NBYTES
 from snowskin.transport.runs import Run, joined
 from snowskin.transport.stripes import STALL_S, STRIPED_FROM_NBYTES
-from snowskin.transport.tcp_connection import WAIT_S
-from snowskin.transport.tcp_connections import Connections, Link
-from snowskin.transport.tcp_lanes import StripedPull
-from snowskin.transport.tcp_owner import TcpOwner
-from snowskin.transport.tcp_reader import Job, check_note, is_plain, pull, pull_run, push
-from snowskin.transport.tcp_settings import TcpSettings
+from snowskin.transport.tcp.connection import WAIT_S
+from snowskin.transport.tcp.connections import Connections, Link
+from snowskin.transport.tcp.lanes import StripedPull
+from snowskin.transport.tcp.owner import TcpOwner
+from snowskin.transport.tcp.reader import Job, check_note, is_plain, pull, pull_run, push
+from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.workers import PriorityWorkers
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from snowskin.transport.api import TransferReport, TransportStatistics
     from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.memory import MemoryRegion
-    from snowskin.transport.tcp_connection import Connection
-    from snowskin.transport.tcp_connections import PathsTo
+    from snowskin.transport.tcp.connection import Connection
+    from snowskin.transport.tcp.connections import PathsTo
 
 INLINE_NBYTES = 1 << 20
 NUM_LANES = 16

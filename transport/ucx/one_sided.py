@@ -20,7 +20,7 @@ from snowskin.transport.errors import PeerLost, TransportClosed, TransportError
 from snowskin.transport.memory_kind import MemoryKind
 from snowskin.transport.runs import joined, pieces
 from snowskin.transport.ucp.api import SLICE_NBYTES, Span, UcpFailure, UcpMemoryType
-from snowskin.transport.ucx_wire import Slice
+from snowskin.transport.ucx.wire import Slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from snowskin.transport.ordered import Order
     from snowskin.transport.runs import Run
     from snowskin.transport.ucp.api import UcpMemory, UcpRequest
-    from snowskin.transport.ucx_progress import ProgressThread
-    from snowskin.transport.ucx_reader import Link, Mailbox
+    from snowskin.transport.ucx.progress import ProgressThread
+    from snowskin.transport.ucx.reader import Link, Mailbox
 
 SETTLE_S = 0.05
 

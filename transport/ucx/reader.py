@@ -28,8 +28,8 @@ from snowskin.transport.frames import (
     Welcome,
 )
 from snowskin.transport.ucp.api import UcpFailure
-from snowskin.transport.ucx_conversation import Arrivals, Buffers, Conversation
-from snowskin.transport.ucx_wire import (
+from snowskin.transport.ucx.conversation import Arrivals, Buffers, Conversation
+from snowskin.transport.ucx.wire import (
     LEAVING,
     ONE_SIDED,
     SESSION_NBYTES,
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from snowskin.transport.memory import Bytes
     from snowskin.transport.ordered import Order
     from snowskin.transport.ucp.api import Span, UcpKey
-    from snowskin.transport.ucx_progress import ProgressThread, Timer
-    from snowskin.transport.ucx_settings import UcxSettings
-    from snowskin.transport.ucx_wire import Reach
+    from snowskin.transport.ucx.progress import ProgressThread, Timer
+    from snowskin.transport.ucx.settings import UcxSettings
+    from snowskin.transport.ucx.wire import Reach
 
 MAX_RECONNECT_S = 2.0
 NUM_KEPT = 8  # chunks of memory, 1 MiB each

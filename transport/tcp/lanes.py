@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 from snowskin.transport.errors import PeerLost
 from snowskin.transport.runs import pieces
 from snowskin.transport.stripes import STRIPE_NBYTES, STRIPED_FROM_NBYTES, Lane, Stripes
-from snowskin.transport.tcp_connection import WAIT_S
-from snowskin.transport.tcp_reader import CHUNK_NBYTES, Job, pull
+from snowskin.transport.tcp.connection import WAIT_S
+from snowskin.transport.tcp.reader import CHUNK_NBYTES, Job, pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from snowskin.transport.runs import Run
     from snowskin.transport.stripes import Stripe
-    from snowskin.transport.tcp_connection import Connection
-    from snowskin.transport.tcp_connections import Link
+    from snowskin.transport.tcp.connection import Connection
+    from snowskin.transport.tcp.connections import Link
 
 ONE_PATH_STRIPE_NBYTES = 1 << 30  # where nothing is re-routed, one request to the owner is enough
 

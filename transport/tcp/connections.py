@@ -16,19 +16,19 @@ from snowskin.transport.addresses import Reachability
 from snowskin.transport.errors import PeerLost, TransportUnavailable
 from snowskin.transport.memory import Quarantine
 from snowskin.transport.paths import Path, PathSet
-from snowskin.transport.tcp_dialing import dial
-from snowskin.transport.tcp_gate import Gate
-from snowskin.transport.tcp_keeper import Keeper
-from snowskin.transport.tcp_names import Names
-from snowskin.transport.tcp_routes import TcpRoutes
+from snowskin.transport.tcp.dialing import dial
+from snowskin.transport.tcp.gate import Gate
+from snowskin.transport.tcp.keeper import Keeper
+from snowskin.transport.tcp.names import Names
+from snowskin.transport.tcp.routes import TcpRoutes
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
-    from snowskin.transport.tcp_connection import Connection
-    from snowskin.transport.tcp_names import Patience
-    from snowskin.transport.tcp_settings import TcpSettings
+    from snowskin.transport.tcp.connection import Connection
+    from snowskin.transport.tcp.names import Patience
+    from snowskin.transport.tcp.settings import TcpSettings
 
 PathsTo = Callable[[Reachability], Sequence[Path]]
 

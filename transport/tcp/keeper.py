@@ -22,9 +22,9 @@ from snowskin.transport.frames import Kind, Ping, encode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from snowskin.transport.tcp_connection import Connection
-    from snowskin.transport.tcp_connections import Link
-    from snowskin.transport.tcp_settings import TcpSettings
+    from snowskin.transport.tcp.connection import Connection
+    from snowskin.transport.tcp.connections import Link
+    from snowskin.transport.tcp.settings import TcpSettings
 
 _PUNCTUAL = 0.75  # of a heartbeat: those that are nearly due speak together, and the thread wakes less often
 

@@ -42,7 +42,7 @@ from snowskin.transport.frames import (
     encode,
 )
 from snowskin.transport.ucp.api import MAX_PEER_BYTES
-from snowskin.transport.ucx_settings import CHUNK_NBYTES, RECEIVE_SEGMENT_NBYTES
+from snowskin.transport.ucx.settings import CHUNK_NBYTES, RECEIVE_SEGMENT_NBYTES
 
 if TYPE_CHECKING:
     from snowskin.transport.descriptor import RegionDescriptor

@@ -22,7 +22,7 @@ import numpy as np
 
 from snowskin.transport.errors import BadFrame, PeerLost
 from snowskin.transport.ucp.api import Span, UcpFailure
-from snowskin.transport.ucx_wire import (
+from snowskin.transport.ucx.wire import (
     LEAVING,
     MAX_DATA_NBYTES,
     WINDOW_NBYTES,

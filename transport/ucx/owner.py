@@ -4,7 +4,7 @@ Rules kept here: whoever cannot name a living grant is refused before anything t
 is checked whole before memory is touched, and its grant again around each chunk; a chunk is copied out between
 `begin_piece` and `end_piece` and given to UCX after, so whoever revokes waits for no peer (UCX keeps for seconds what a
 stopped one does not take); such a peer holds up nobody else, and loses its session after `stall_s`; what a peer makes
-this side hold is bounded; what does not keep to `ucx_wire.py` ends its session.
+this side hold is bounded; what does not keep to `ucx/wire.py` ends its session.
 
 All of it runs in the progress thread.
 """
@@ -40,15 +40,15 @@ from snowskin.transport.frames import (
 )
 from snowskin.transport.memory_kind import HOST_KINDS
 from snowskin.transport.ucp.api import Span, UcpFailure
-from snowskin.transport.ucx_conversation import (
+from snowskin.transport.ucx.conversation import (
     Arrivals,
     Buffers,
     Conversation,
     Cursor,
     FairQueue,
 )
-from snowskin.transport.ucx_settings import CHUNK_NBYTES, MAX_HEARTBEAT_S
-from snowskin.transport.ucx_wire import (
+from snowskin.transport.ucx.settings import CHUNK_NBYTES, MAX_HEARTBEAT_S
+from snowskin.transport.ucx.wire import (
     LEAVING,
     MAX_DATA_NBYTES,
     ONE_SIDED,
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from snowskin.transport.errors import PeerLost
     from snowskin.transport.grants import Grant, GrantTable
     from snowskin.transport.ucp.api import Reply
-    from snowskin.transport.ucx_progress import ProgressThread, Timer
-    from snowskin.transport.ucx_settings import UcxSettings
+    from snowskin.transport.ucx.progress import ProgressThread, Timer
+    from snowskin.transport.ucx.settings import UcxSettings
 
 MAX_SPANS = 256  # of one chunk
 MAX_STOPPED = 64  # ops remembered that were given up before they were asked for

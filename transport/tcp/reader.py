@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from snowskin.transport.ordered import Order
-    from snowskin.transport.tcp_connection import Connection
+    from snowskin.transport.tcp.connection import Connection
 
 SHORT_NBYTES = 64 * 1024  # answers up to this size are received in one call with their head
 COPIED_NBYTES = 4 * 1024  # ranges up to this size are taken together

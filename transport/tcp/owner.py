@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING
 from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.errors import PeerBusy, TransportUnavailable
 from snowskin.transport.frames import encode, fail_of
-from snowskin.transport.tcp_admission import RETRY_AFTER_S, Admission
-from snowskin.transport.tcp_serving import ServedConnection
-from snowskin.transport.tcp_serving_loop import Link, ServingLoop
-from snowskin.transport.tcp_sockets import check_options, set_options, set_options_for_peer
-from snowskin.transport.tcp_streams import TlsStream
+from snowskin.transport.tcp.admission import RETRY_AFTER_S, Admission
+from snowskin.transport.tcp.serving import ServedConnection
+from snowskin.transport.tcp.serving_loop import Link, ServingLoop
+from snowskin.transport.tcp.sockets import check_options, set_options, set_options_for_peer
+from snowskin.transport.tcp.streams import TlsStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from snowskin.transport.grants import GrantTable
-    from snowskin.transport.tcp_serving import Ledger
-    from snowskin.transport.tcp_settings import TcpSettings
-    from snowskin.transport.tcp_streams import Stream
+    from snowskin.transport.tcp.serving import Ledger
+    from snowskin.transport.tcp.settings import TcpSettings
+    from snowskin.transport.tcp.streams import Stream
 
 ACCEPTS_A_TURN = 64
 PAUSE_S = 0.1  # of listening, when this process or this host is out of something that nobody here can give

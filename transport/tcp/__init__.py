@@ -1,0 +1,1 @@
+"""`tcp`: between hosts; the owner checks and sends, the reader lets land."""
