@@ -18,7 +18,7 @@ from tests.support.node_process import NodeProcess
 from tests.support.store_drivers import DRIVERS, connected, keys_of, namespace_of, noise
 
 BLOCK_NBYTES = 1 << 20
-NUM_BLOCKS = 24
+NUM_BLOCKS = 96  # more than is on the way by the time a signal has struck
 MOVE_TIMEOUT_S = 0.3
 NOTICED_S = 1.0  # a killed owner
 BUSY_S = 2.0  # what a busy machine may add
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.parametrize("strike", STRIKES, ids=lambda strike: strik
 
 
 def make_node(**settings):
-    return NodeProcess({"dram_nbytes": 64 << 20, "log_level": "error", **settings})
+    return NodeProcess({"dram_nbytes": 512 << 20, "log_level": "error", **settings})
 
 
 def strike_at_the_first_piece(client, node, strike, struck):

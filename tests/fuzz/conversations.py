@@ -237,7 +237,7 @@ def order_of(region, *, is_pull: bool) -> Order:
         PIECE_NBYTES,
         None,
         TrafficClass.DECODE_CRITICAL,
-        b"note",
+        b"" if is_pull else b"note",  # an owner that has ended hears no note of a pull
         None,
     )
 

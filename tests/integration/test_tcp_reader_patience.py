@@ -211,7 +211,7 @@ def test_who_is_out_of_descriptors_says_so_and_goes_on_when_there_are_some(what,
         with Rig(owner) as rig:
             with monkeypatch.context() as patch:
                 module = "dialing.socket.socket" if what == "socket.socket" else f"keeper.{what}"
-                patch.setattr(f"snowskin.transport.tcp_{module}", refuse)
+                patch.setattr(f"snowskin.transport.tcp.{module}", refuse)
                 with pytest.raises(TransportUnavailable, match="Too many open files"):
                     rig.pull()
             assert rig.transport.statistics().num_connections == 0
