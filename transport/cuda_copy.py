@@ -92,7 +92,12 @@ class CudaCopier:
                     nbytes,
                     self._stream,
                 )
-                self._driver.record(device_index, event, self._stream)
+                try:
+                    self._driver.record(device_index, event, self._stream)
+                except BaseException:
+                    # Nothing will say when the copy is through: it is waited for before anybody else gets the range.
+                    self._driver.synchronize(device_index, self._stream)
+                    raise
             if not self._wait(event, deadline_s):
                 key = object()
                 target.quarantine(key, [(target_offset, nbytes)])

@@ -41,12 +41,11 @@ _SIGNATURES: dict[str, list[object]] = {
     "cuCtxPopCurrent_v2": [POINTER(c_void_p)],
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamDestroy_v2": [c_void_p],
-    "cuStreamQuery": [c_void_p],
+    "cuStreamSynchronize": [c_void_p],
     "cuStreamWaitEvent": [c_void_p, c_void_p, c_uint],
     "cuEventCreate": [POINTER(c_void_p), c_uint],
     "cuEventRecord": [c_void_p, c_void_p],
     "cuEventQuery": [c_void_p],
-    "cuEventSynchronize": [c_void_p],
     "cuEventDestroy_v2": [c_void_p],
     "cuMemcpyAsync": [c_uint64, c_uint64, c_size_t, c_void_p],
     "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
@@ -87,6 +86,11 @@ class CudaDriver:
         """Frees the stream when its work is done; does not wait for it."""
         with self._on(device_index):
             self._call("cuStreamDestroy_v2", stream)
+
+    def synchronize(self, device_index: int, stream: int) -> None:
+        """Waits, without a deadline, until all that the stream was given is done."""
+        with self._on(device_index):
+            self._call("cuStreamSynchronize", stream)
 
     def create_event(self, device_index: int) -> int:
         """An event without timing; `destroy_event` ends it."""

@@ -11,12 +11,14 @@ static char live[MAX];                      /* streams and events given out, by 
 static uintptr_t next = 1;
 static __thread int depth = 0;              /* contexts pushed on this thread */
 static volatile int held = 0;               /* events are not ready while held */
-static int num_waits = 0, fail_pin_at = -1, num_pins = 0, num_live_pins = 0;
+static int num_synchronized = 0, fail_record = 0, num_waits = 0, fail_pin_at = -1, num_pins = 0, num_live_pins = 0;
 static uintptr_t pins[MAX];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 void stand_in_hold(int on) { held = on; }
 void stand_in_fail_pin_at(int n) { fail_pin_at = n; num_pins = 0; }
+void stand_in_fail_record(int on) { fail_record = on; }
+int stand_in_num_synchronized(void) { return num_synchronized; }
 int stand_in_num_waits(void) { return num_waits; }
 int stand_in_num_pinned(void) { return num_live_pins; }
 int stand_in_num_live(void) { int n = 0; for (int i = 0; i < MAX; i++) n += live[i]; return n; }
@@ -34,12 +36,11 @@ int cuCtxPushCurrent_v2(void *ctx) { if ((uintptr_t)ctx < 0x1000) return INVALID
 int cuCtxPopCurrent_v2(void **ctx) { if (!depth) return INVALID; depth--; *ctx = 0; return 0; }
 int cuStreamCreate(void **s, unsigned flags) { return depth && flags == 1 ? give(s) : INVALID; }
 int cuStreamDestroy_v2(void *s) { return take(s); }
-int cuStreamQuery(void *s) { return held ? NOT_READY : 0; }
+int cuStreamSynchronize(void *s) { if (!depth || !known(s)) return INVALID; num_synchronized++; return 0; }
 int cuStreamWaitEvent(void *s, void *e, unsigned flags) { if (!depth || !known(s) || !known(e) || flags) return INVALID; num_waits++; return 0; }
 int cuEventCreate(void **e, unsigned flags) { return depth && flags == 2 ? give(e) : INVALID; }
-int cuEventRecord(void *e, void *s) { return depth && known(e) && (!s || known(s)) ? 0 : INVALID; }
+int cuEventRecord(void *e, void *s) { if (fail_record) return INVALID; return depth && known(e) && (!s || known(s)) ? 0 : INVALID; }
 int cuEventQuery(void *e) { if (!depth || !known(e)) return INVALID; return held ? NOT_READY : 0; }
-int cuEventSynchronize(void *e) { return known(e) ? 0 : INVALID; }
 int cuEventDestroy_v2(void *e) { return take(e); }
 int cuMemcpyAsync(uint64_t to, uint64_t from, size_t n, void *s) {
   if (!depth || !known(s)) return INVALID;

@@ -125,6 +125,18 @@ def test_late_copy_keeps_its_range_until_it_has_ended(
     pool.close()
 
 
+def test_copy_whose_end_cannot_be_told_is_waited_for(
+    copier: CudaCopier, stand_in: ctypes.CDLL
+) -> None:
+    before = stand_in.stand_in_num_synchronized()
+    stand_in.stand_in_fail_record(1)
+    with region_of(bytearray(NBYTES)) as target, region_of(bytes(NBYTES)) as pool:
+        with pytest.raises(TransportError, match="cuEventRecord failed"):
+            copier.copy(target, 0, pool, 0, 4096, FAR_S)
+        assert stand_in.stand_in_num_synchronized() == before + 1
+    stand_in.stand_in_fail_record(0)
+
+
 def test_pool_is_pinned_in_slices_and_unpinned(driver: CudaDriver, stand_in: ctypes.CDLL) -> None:
     with region_of(bytearray(10_000)) as region:
         pinned = PinnedPool(region, driver=driver, slice_nbytes=4096)
