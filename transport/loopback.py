@@ -19,13 +19,13 @@ from snowskin.transport.errors import (
     BadDescriptor,
     GrantRefused,
     PeerLost,
-    RegionReadOnly,
     TransferTimedOut,
     TransportClosed,
     TransportError,
 )
 from snowskin.transport.grants import Grant
 from snowskin.transport.memory import LandingRange, MemoryRegion
+from snowskin.transport.ordered import check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -137,8 +137,7 @@ class LoopbackTransport(CopyingTransport):
             raise BadDescriptor(
                 f"the region has {grant.region.nbytes} bytes, {descriptor.nbytes} were described"
             )
-        if writable and not grant.descriptor.writable:
-            raise RegionReadOnly("the owner granted this region for reading only")
+        check_writable(grant.descriptor, writable)
         memory = MemoryRegion(
             grant.region.buffer, grant, writable=writable, shared=grant.region.shared
         )

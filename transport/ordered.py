@@ -554,6 +554,12 @@ class OrderedTransport(ABC):
         return workers.submit(functools.partial(self._transfer, order), urgency=order.traffic)
 
 
+def check_writable(descriptor: RegionDescriptor, writable: bool) -> None:
+    """Raises RegionReadOnly where a peer wants to write what was granted for reading; part of `attach`."""
+    if writable and not descriptor.writable:
+        raise RegionReadOnly("the owner granted this region for reading only")
+
+
 def _failure_kind(error: TransportError) -> str:
     if isinstance(error, TransferTimedOut):
         return "timed_out"

@@ -27,7 +27,6 @@ from snowskin.transport.errors import (
     BadDescriptor,
     GrantRefused,
     OutOfBounds,
-    RegionReadOnly,
     TransportUnavailable,
 )
 from snowskin.transport.fd_watcher import FdWatcher
@@ -35,6 +34,7 @@ from snowskin.transport.grants import GrantedRanges
 from snowskin.transport.mapping import Mappings
 from snowskin.transport.memory import MemoryRegion
 from snowskin.transport.memory_kind import MemoryKind
+from snowskin.transport.ordered import check_writable
 from snowskin.transport.shm_link import OwnerLinks, PeerEnd
 from snowskin.transport.words import Range
 
@@ -151,8 +151,7 @@ class ShmTransport(CopyingTransport):
                 "shm attaches a memfd, and none came with the descriptor",
                 hint="ask the owner over the local door, which passes descriptors",
             )
-        if writable and not descriptor.writable:
-            raise RegionReadOnly("the owner granted this region for reading only")
+        check_writable(descriptor, writable)
         ranges = _unpacked(descriptor.extra, descriptor.nbytes)
         mapping = self._mappings.map(fd, descriptor.nbytes, writable=writable)
         end = None

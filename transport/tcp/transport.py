@@ -22,12 +22,11 @@ from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.errors import (
     BadFrame,
     PeerLost,
-    RegionReadOnly,
     TransferCancelled,
     TransportError,
     TransportUnavailable,
 )
-from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
+from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport, check_writable
 from snowskin.transport.paths import MANY_STREAMS_FROM_NBYTES
 from snowskin.transport.runs import Run, joined
 from snowskin.transport.stripes import STALL_S, STRIPED_FROM_NBYTES
@@ -156,8 +155,7 @@ class TcpTransport(OrderedTransport):
                 f"{'TLS alone' if reachability.tls else 'no TLS, and this side nothing else'}",
                 hint="give `tls` to both sides, or to none",
             )
-        if writable and not descriptor.writable:
-            raise RegionReadOnly("the owner granted this region for reading only")
+        check_writable(descriptor, writable)
         asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
         region = AttachedTcpRegion(
             descriptor,

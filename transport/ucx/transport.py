@@ -26,13 +26,12 @@ import numpy as np
 
 from snowskin.transport.errors import (
     BadFrame,
-    RegionReadOnly,
     TransportClosed,
     TransportUnavailable,
 )
 from snowskin.transport.frames import MAX_RANGES, MAX_TIMEOUT_MS, Ask
 from snowskin.transport.memory_kind import HOST_KINDS, MemoryKind
-from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport
+from snowskin.transport.ordered import AttachedRegion, Order, OrderedTransport, check_writable
 from snowskin.transport.runs import joined, pieces
 from snowskin.transport.ucp.api import Span, UcpFailure, UcpFeature
 from snowskin.transport.ucp.binding import open_context
@@ -196,8 +195,7 @@ class UcxTransport(OrderedTransport):
         """Checks the descriptor; the first transfer connects. Descriptors and `populate` mean nothing here."""
         self.check_scheme(descriptor)
         reach = Reach.open(descriptor)
-        if writable and not descriptor.writable:
-            raise RegionReadOnly("the owner granted this region for reading only")
+        check_writable(descriptor, writable)
         asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
         region = UcxRegion(
             descriptor,
