@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from snowskin.transport.addresses import Reachability
 from tests.support.hosts import hosts_or_skip
 from tests.support.raw_tcp import at, reachable
 from tests.support.transfer_child import TestMemory, TransferChild
+from tests.support.two_cables import addresses_of, owner_on_both_cables, pulled, reader_of
 from tests.support.waiting import eventually
 
 RATE_MBIT = 400
@@ -45,29 +45,14 @@ def landing():
 
 @pytest.fixture(scope="module")
 def owner(hosts, owned):
-    """In host b, on both cables and by both families."""
-    addresses = [f"{hosts.b.address(cable)}:0" for cable in (0, 1)]
-    addresses.append(f"[{hosts.b.address(0, version=6)}]:0")
-    with TransferChild("tcp", owned, command=hosts.b.command, listen=addresses) as child:
+    with owner_on_both_cables(hosts, owned) as child:
         yield child
 
 
 @pytest.fixture(scope="module")
 def reader(hosts, landing):
-    with TransferChild("tcp", landing, command=hosts.a.command, listen=[]) as child:
+    with reader_of(hosts, landing) as child:
         yield child
-
-
-def addresses_of(descriptor):
-    return Reachability.from_bytes(descriptor.extra).addresses
-
-
-def pulled(reader, descriptor, nbytes, *, within_s=5.0):
-    region = reader.attach(descriptor)
-    try:
-        return reader.ask("pull", region=region, runs=[(0, 0, nbytes)], within_s=within_s)
-    finally:
-        reader.ask("detach", region=region)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
