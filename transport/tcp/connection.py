@@ -56,7 +56,10 @@ SCRATCH_NBYTES = 64 * 1024 + HEAD_NBYTES
 
 _HEAD = struct.Struct(">BBHIQ")
 _DATA = int(Kind.DATA)
-_BULK_SPIN_S = 20e-6
+_NAP_S = 1e-6  # to which the kernel adds its timer slack of 50 µs (prctl(2), PR_SET_TIMERSLACK)
+_NAP_FROM_NBYTES = 1 << 20  # so much must be on its way: for less, a nap could be the longest part
+_TRICKLE_NBYTES = 32 << 10
+_FULL_NBYTES = 512 << 10
 _IN_VAIN = 2
 _SLEEPS = 8
 _MOST_SLEEPS = 1024
@@ -101,7 +104,6 @@ class Connection:
 
     __slots__ = (
         "_buffer",
-        "_bulk_spin_s",
         "_end",
         "_flags",
         "_num_in_vain",
@@ -155,7 +157,6 @@ class Connection:
         self._op = 0
         self._num_in_vain = self._num_sleeps = 0
         self._spin_s = spin_s
-        self._bulk_spin_s = min(spin_s, _BULK_SPIN_S)
         self._polling = False
         self._wait_s = 0.0
         self._flags = 0
@@ -208,26 +209,34 @@ class Connection:
             raise PeerLost(f"{self.peer} ended the connection")
         return nbytes
 
-    def receive_whole(self, view: memoryview) -> int:
-        """As `receive`, but waits until all of `view` came, where it may wait; less where that took too long."""
+    def receive_whole(self, view: memoryview, more_nbytes: int = 0) -> int:
+        """As `receive`, but waits until all of `view` came, where it may wait; less where that took too long.
+
+        `more_nbytes` come behind it. While much is on its way, it naps between two calls instead of waiting in them: an
+        owner that wakes its reader for every 64 KiB is a sixth slower, and both need more CPU (bench `transfer`).
+        What comes in a trickle is waited for.
+        """
         if self._polling or self.is_tls or self._start < self._end:
             return self.receive(view)
         receive = self._receive_into
         wanted_nbytes, got_nbytes, until_s = len(view), 0, 0.0
         try:
-            while got_nbytes < wanted_nbytes:
-                rest = view[got_nbytes:] if got_nbytes else view
-                try:
-                    nbytes = receive(rest, 0, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    now_s = time.perf_counter()
-                    until_s = until_s or now_s + WAIT_S
-                    if now_s >= until_s:
-                        break  # it drips
-                    nbytes = self._wait_for(rest, self._bulk_spin_s)
+            while True:
+                nbytes = receive(view[got_nbytes:] if got_nbytes else view)
                 if not nbytes:
                     raise PeerLost(f"{self.peer} ended the connection")
                 got_nbytes += nbytes
+                if got_nbytes == wanted_nbytes:
+                    return got_nbytes
+                now_s = time.perf_counter()
+                until_s = until_s or now_s + WAIT_S
+                if now_s >= until_s:
+                    return got_nbytes  # it drips
+                if (
+                    _TRICKLE_NBYTES <= nbytes < _FULL_NBYTES
+                    and wanted_nbytes - got_nbytes + more_nbytes > _NAP_FROM_NBYTES
+                ):
+                    time.sleep(_NAP_S)
         except OSError as error:
             if not got_nbytes:
                 return self._nothing_yet(error)
@@ -252,7 +261,7 @@ class Connection:
             self.has_asked = True
             if self._polling:
                 return None
-            got_nbytes = self._wait_for(self._scratch[:whole_nbytes], self._spin_s)
+            got_nbytes = self._wait_for(self._scratch[:whole_nbytes])
         except OSError as error:
             self._nothing_yet(error)
             return None
@@ -277,7 +286,11 @@ class Connection:
         except OSError as error:
             return self._nothing_yet(error)
         self.has_asked = True
-        return 0 if self._polling else self.next_frame(op, most_nbytes)
+        if self._polling:
+            return 0
+        if most_nbytes >= _NAP_FROM_NBYTES:
+            time.sleep(_NAP_S)  # as in `receive_whole`
+        return self.next_frame(op, most_nbytes)
 
     def next_frame(self, op: int, most_nbytes: int) -> int:
         """Size of the next DATA of this transfer, blocking; 0 where that is not what came: `data_head` knows then."""
@@ -286,7 +299,7 @@ class Connection:
             self._end = self._receive_into(self._scratch[:HEAD_NBYTES], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             try:
-                self._end = self._wait_for(self._scratch[:HEAD_NBYTES], self._bulk_spin_s)
+                self._end = self._wait_for(self._scratch[:HEAD_NBYTES])
             except OSError as error:
                 return self._nothing_yet(error)
         except OSError as error:
@@ -303,16 +316,16 @@ class Connection:
         self._start = HEAD_NBYTES
         return nbytes  # type: ignore[no-any-return]  # struct says Any
 
-    def _wait_for(self, view: memoryview, spin_s: float) -> int:
+    def _wait_for(self, view: memoryview) -> int:
         """Receives once something is there: looks again for a moment before it sleeps, because waking costs more.
 
-        Half the time at 4 KiB where the owner runs on another core, and no more CPU; a tenth to a fifth less at 1 MiB,
-        for a fifth more CPU, hence the shorter look in bulk (bench `transfer`). Where looking was in vain, both sides
-        share a core or the owner is slow: then the next waits sleep at once, more of them each time.
+        Half the time at 4 KiB where the owner runs on another core, and no more CPU (bench `transfer`). Where looking
+        was in vain, both sides share a core or the owner is slow: then the next waits sleep at once, more of them each
+        time.
         """
         receive = self._receive_into
         if not self._num_sleeps:
-            end_s = time.perf_counter() + spin_s
+            end_s = time.perf_counter() + self._spin_s
             while True:
                 try:
                     nbytes = receive(view, 0, socket.MSG_DONTWAIT)

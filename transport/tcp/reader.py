@@ -235,7 +235,7 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
         while at < frame_end:
             begin_landing()
             try:
-                got = receive(view[at:frame_end])
+                got = receive(view[at:frame_end], end - frame_end)
             finally:
                 end_landing()
             at += got
@@ -317,7 +317,7 @@ def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[Non
                     connection.fetch_ahead(frame_nbytes)
                 begin_landing()
                 try:
-                    got = receive(view[at : at + nbytes])
+                    got = receive(view[at : at + nbytes], left_nbytes - nbytes)
                 except PeerLost:
                     if untold_nbytes:
                         job.moved(at, untold_nbytes)

@@ -102,7 +102,7 @@ class TcpSettings:
         max_idle_connections_to_peer: kept open for the next transfers.
         max_idle_s: after so long without a transfer a connection is closed.
         max_nbytes_in_flight: asked of one owner at once.
-        spin_s: how long a thread that waits for a short answer looks again before it sleeps; in bulk less.
+        spin_s: how long a thread that waits for a short answer looks again before it sleeps.
     """
 
     listen: tuple[Address, ...] = ()
