@@ -23,6 +23,7 @@ import os
 import select
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from snowskin.transport.api import TrafficClass
@@ -46,6 +47,10 @@ MAX_EVENTS = 256
 _SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see serving.py
 _LEAVING, _OVER = Phase.LEAVING, Phase.OVER
 CLOSE_S = 10.0
+LOOK_S = (
+    50e-6  # how long it looks for the next request before it sleeps, where readers ask back to back
+)
+BACK_TO_BACK_S = 80e-6  # such a request is there within this time, being woken included
 PAUSE_S = 0.05  # after a failure of the loop itself
 
 _IN = select.EPOLLIN
@@ -159,6 +164,7 @@ class ServingLoop:
         self._timers: list[tuple[float, int, Link | Callable[[], None]]] = []
         self._timer_number = itertools.count()
         self._heard_view = memoryview(bytearray(HEARD_NBYTES))
+        self._is_eager = False
         self._only_one = False  # one event came in this turn: nobody else can be more urgent
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -265,7 +271,7 @@ class ServingLoop:
             self._inbox.popleft()()
 
     def _turn(self) -> None:
-        happened = self._epoll.poll(self._wait_s(), MAX_EVENTS)
+        happened = self._next_events()
         self._only_one = len(happened) == 1
         for fd, events in happened:
             link = self._links.get(fd)
@@ -282,6 +288,28 @@ class ServingLoop:
             budget_nbytes -= PIECE_COST_NBYTES + self._guarded(self._move, self._turns.next())
         if self._timers:
             self._ring(self._now_s())
+
+    def _next_events(self) -> list[tuple[int, int]]:
+        """What happened, waited for; where readers ask back to back, it looks for a moment before it sleeps.
+
+        Being woken is a sixth of a pull of 1 MiB (bench `transfer`). Once it looked in vain, it sleeps at once until
+        somebody asks that soon again: an idle owner, or one that is asked now and then, looks at nothing.
+        """
+        wait_s = self._wait_s()
+        if not wait_s:
+            return self._epoll.poll(0, MAX_EVENTS)
+        began_s = time.perf_counter()
+        if self._is_eager:
+            until_s = began_s + LOOK_S
+            while time.perf_counter() < until_s:
+                if happened := self._epoll.poll(0, MAX_EVENTS):
+                    return happened
+        happened = self._epoll.poll(wait_s, MAX_EVENTS)
+        self._is_eager = (
+            any(events & _IN for _, events in happened)
+            and time.perf_counter() - began_s < BACK_TO_BACK_S
+        )
+        return happened
 
     def _wait_s(self) -> float:
         if self._turns:

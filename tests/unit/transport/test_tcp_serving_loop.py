@@ -12,6 +12,7 @@ from snowskin.transport.errors import PeerBusy
 from snowskin.transport.frames import Fail, encode
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
+from snowskin.transport.tcp import serving_loop
 from snowskin.transport.tcp.admission import Admission
 from snowskin.transport.tcp.serving import ServedConnection
 from snowskin.transport.tcp.serving_loop import Link, ServingLoop
@@ -219,3 +220,47 @@ def test_a_request_that_comes_in_pieces_is_served_when_it_is_whole(house):
         assert not house.order
         house.turn()
     assert house.turns() == "aaaaa"  # 1,023 ranges in each
+
+
+class Looks:
+    """The loop's epoll, which writes down how long each look may wait, in seconds."""
+
+    def __init__(self, epoll, waits):
+        self.epoll, self.waits = epoll, waits
+
+    def poll(self, timeout_s, most):
+        self.waits.append(timeout_s)
+        return self.epoll.poll(timeout_s, most)
+
+    def __getattr__(self, name):
+        return getattr(self.epoll, name)
+
+
+def test_who_is_asked_back_to_back_looks_before_it_sleeps_and_sleeps_once_that_was_in_vain(
+    house, monkeypatch
+):
+    monkeypatch.setattr(serving_loop, "BACK_TO_BACK_S", 60.0)
+    house.add("asks")
+    waits = []
+    house.loop._epoll = Looks(house.loop._epoll, waits)
+    house.loop._timers.insert(0, (house.now_s + 0.01, 0, int))  # so that none waits for long
+
+    def slept():
+        return [wait_s > 0 for wait_s in waits]
+
+    house.loop._turn()  # in vain, whatever was before
+    del waits[:]
+    house.ask("asks", 0, nbytes=10)
+    house.loop._turn()
+    assert slept() == [True], "nobody had asked so soon before"
+    del waits[:]
+    house.ask("asks", 0, nbytes=10)
+    house.loop._turn()
+    assert slept() == [False], "it slept, though it had been asked back to back"
+    del waits[:]
+    house.loop._turn()
+    assert slept()[-1], "it looks for ever"
+    assert not any(slept()[:-1])
+    del waits[:]
+    house.loop._turn()
+    assert slept() == [True], "it looks on, though that was in vain"
