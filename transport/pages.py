@@ -156,12 +156,17 @@ def collapse(address: int, nbytes: int) -> str:
 
     About as long as to make the pages in the first place (0.25 ms per MiB), and the first write is ten times faster.
     """
-    _advise(address, nbytes, _MADV_HUGEPAGE)  # for what is mapped later; a wish
+    wish_huge(address, nbytes)  # for what is mapped later
     for start in range(0, nbytes, _SLICE_NBYTES):
         reason = _advise(address + start, min(_SLICE_NBYTES, nbytes - start), _MADV_COLLAPSE)
         if reason:
             return reason
     return ""
+
+
+def wish_huge(address: int, nbytes: int) -> None:
+    """Asks the kernel for huge pages here, where its settings let it."""
+    _advise(address, nbytes, _MADV_HUGEPAGE)
 
 
 def keep_small(address: int, nbytes: int) -> None:
