@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from snowskin.transport.lending import Lending
+
 Bytes = npt.NDArray[np.uint8]
 LandingRange = tuple[int, int]  # offset, nbytes
 
@@ -40,6 +42,14 @@ class Memfd:
     """A memfd to register or attach; the descriptor stays the caller's, who closes it."""
 
     fd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lendable:
+    """Memory to register whose pages may be handed to sockets; `lending` stays the caller's, who closes it."""
+
+    memory: object
+    lending: Lending
 
 
 class LandingGate:
@@ -136,6 +146,7 @@ class MemoryRegion:
         writable: whether bytes may land here.
         shared: whether a memfd backs it, so that peers on this host can map it.
         kind: who can reach it.
+        lending: of its pages, at the same offsets; None where bytes must be copied, and once it is closed.
         device_index: the CUDA device that it lies on; None for host memory.
         address: where it begins, in this process or on its device.
         gate: what every piece that lands here passes.
@@ -149,6 +160,7 @@ class MemoryRegion:
         "device_index",
         "gate",
         "kind",
+        "lending",
         "nbytes",
         "owner",
         "quarantined",
@@ -169,6 +181,7 @@ class MemoryRegion:
         self._buffer: Bytes | None = buffer
         self._view: memoryview | None = buffer.data
         self.kind = kind
+        self.lending: Lending | None = None
         self.device_index: int | None = None
         self.address = int(buffer.__array_interface__["data"][0])
         self.nbytes = int(buffer.nbytes)
@@ -242,7 +255,7 @@ class MemoryRegion:
         """Lets nothing land any more and forgets the owner; idempotent, waits ≤ one piece."""
         if self.gate.close():
             self.quarantined.clear()
-            self.owner = None
+            self.owner = self.lending = None
             if self._buffer is not None:
                 self._view = memoryview(b"")
                 self._buffer = _nothing()
@@ -269,7 +282,7 @@ def region_of(memory: object, *, writable: bool = True) -> MemoryRegion:
     """Registers `memory` in place.
 
     Args:
-        memory: a `Memfd` (mapped whole), a C-contiguous numpy array, a contiguous torch tensor on
+        memory: a `Memfd` (mapped whole), a `Lendable`, a C-contiguous numpy array, a contiguous torch tensor on
             CPU or CUDA, any object with a contiguous buffer (mmap, bytearray, memoryview) or with
             `__cuda_array_interface__`.
         writable: whether bytes may land there; memory that is read-only stays so.
@@ -278,6 +291,10 @@ def region_of(memory: object, *, writable: bool = True) -> MemoryRegion:
         TransportError: not contiguous, or empty. TransportUnavailable: neither host nor CUDA
             memory.
     """
+    if isinstance(memory, Lendable):
+        region = region_of(memory.memory, writable=writable)
+        region.lending = memory.lending
+        return region
     if isinstance(memory, Memfd):
         nbytes = os.fstat(memory.fd).st_size
         mapped = map_memfd(memory.fd, nbytes, writable=writable)
