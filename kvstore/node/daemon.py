@@ -27,7 +27,7 @@ from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
 from snowskin.kvstore.node.watching import WatchLimits
 from snowskin.kvstore.owned_folder import OwnedFolder
-from snowskin.kvstore.pool.arena import Arena, HugePages
+from snowskin.kvstore.pool.arena import Arena, HugePages, LendPages
 from snowskin.kvstore.pool.pool import Pool
 from snowskin.kvstore.role import Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
@@ -59,6 +59,9 @@ class NodeSettings(DataPlaneSettings):
     dram_nbytes: int = setting(1 << 30, help="Size of the DRAM pool.")
     huge_pages: HugePages = setting(
         "auto", help="Huge pages under the pool: where they can be had, never, or nothing else."
+    )
+    lend_pages: LendPages = setting(
+        "auto", help="The pool's pages to sockets, without a copy: where the host can, or never."
     )
     eviction: str = setting("lru", help="Who goes first when the pool is full.")
     read_lease_s: float = setting(10.0, help="Life of a read lease.")
@@ -127,8 +130,9 @@ def make_shell(
         name="dram",
         tenant=DEFAULT_TENANT,
         huge_pages=settings.huge_pages,
+        lend_pages=settings.lend_pages,
     )
-    pool = Pool(0, arena.nbytes, tenant=DEFAULT_TENANT)
+    pool = Pool(0, arena.nbytes, tenant=DEFAULT_TENANT, pages=arena.lending)
     state = NodeState(
         node_id=settings.node_id or socket.gethostname(),
         epoch=secrets.randbits(63) if epoch is None else epoch,
@@ -149,6 +153,8 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
         shell = make_shell(settings, transports, epoch=epoch)
         stack.callback(shell.close)
         log.info("memory taken", nbytes=settings.dram_nbytes, **_words(shell.pages()))
+        for arena in shell.arenas.values():
+            log.info("pages lent to sockets", pool=arena.name, why_not=arena.why_not_lent)
         metrics = Metrics(ROLE)
         tracer = stack.enter_context(
             tracer_of(settings, role=ROLE, instance_id=shell.state.node_id)
@@ -182,7 +188,14 @@ async def serve_node(settings: NodeSettings, stop: Stop) -> None:
             )
         )
         admin.on_drain = server.say_draining
-        NodeMetrics(metrics, shell.stat, door=calls, watchers=service.watchers, slow_path=service)
+        NodeMetrics(
+            metrics,
+            shell.stat,
+            door=calls,
+            watchers=service.watchers,
+            slow_path=service,
+            lendings=shell.lendings(),
+        )
         TransportMetrics(metrics, shell.data_plane.statistics)
 
         def check() -> tuple[bool, dict[str, object]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from snowskin.kvstore.messages import GrantedRegion
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.errors import GrantRefused, TransportError
+from snowskin.transport.memory import Lendable
 from snowskin.transport.words import Range
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from snowskin.transport.api import Transport, TransportStatistics
     from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.memory import MemoryRegion
+
+LENT_BY = "tcp"  # the one that can hand pages to a socket
 
 log = get_logger(__name__)
 
@@ -45,7 +48,10 @@ class DataPlane:
         self.transports = {transport.scheme: transport for transport in transports}
         self._epoch = epoch
         self._regions: dict[str, dict[int, MemoryRegion]] = {
-            scheme: {pool_id: transport.register(arena.buffer) for pool_id, arena in arenas.items()}
+            scheme: {
+                pool_id: transport.register(_memory_for(scheme, arena))
+                for pool_id, arena in arenas.items()
+            }
             for scheme, transport in self.transports.items()
         }
         self._granted: dict[LeaseId, list[tuple[Transport, RegionDescriptor]]] = {}
@@ -145,3 +151,10 @@ class DataPlane:
             for region in regions.values():
                 region.close()
         self._granted.clear()
+
+
+def _memory_for(scheme: str, arena: Arena) -> object:
+    """What a transport registers of an arena."""
+    if scheme == LENT_BY and arena.lending is not None:
+        return Lendable(memory=arena.buffer, lending=arena.lending)
+    return arena.buffer

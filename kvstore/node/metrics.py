@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from prometheus_client.core import Metric
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from snowskin.kvstore.metrics import Metrics
     from snowskin.kvstore.node.door import CallMeter
     from snowskin.kvstore.node.watching import Watchers
+    from snowskin.transport.lending import Lending
 
 # As `NodeStat.counters` names them, and what each says.
 COUNTERS = {
@@ -66,19 +67,22 @@ class NodeMetrics:
         door: CallMeter,
         watchers: Watchers,
         slow_path: SlowPath,
+        lendings: Mapping[int, Lending],
     ) -> None:
-        """Is read with `metrics` from now on."""
+        """Is read with `metrics` from now on; `lendings` by pool, of those whose pages are lent."""
         self._metrics = metrics
         self._stat = stat
         self._door = door
         self._watchers = watchers
         self._slow_path = slow_path
+        self._lendings = lendings
         metrics.read(self._read)
         metrics.read(door.seconds.collect)
 
     def _read(self) -> Iterable[Metric]:
         stat, metrics = self._stat(), self._metrics
         yield from self._pools(stat)
+        yield from self._lent()
         yield metrics.gauge("blocks", "Committed blocks, tails included.", [((), stat.num_blocks)])
         yield metrics.gauge(
             "leases",
@@ -127,6 +131,28 @@ class NodeMetrics:
         for size, help in POOL_SIZES.items():
             values = [(_labels(pool), getattr(pool, f"{size}_nbytes")) for pool in stat.pools]
             yield self._metrics.gauge(f"pool_{size}_bytes", help, values, POOL_LABELS)
+
+    def _lent(self) -> Iterable[Metric]:
+        """What sockets refer to."""
+        shown = {(str(pool_id),): each for pool_id, each in self._lendings.items()}
+        yield self._metrics.gauge(
+            "pool_lent_bytes",
+            "Bytes that sockets refer to, once for each transfer under way.",
+            [(labels, each.lent_nbytes) for labels, each in shown.items()],
+            ("pool",),
+        )
+        yield self._metrics.gauge(
+            "pool_forsaken_bytes",
+            "Bytes that a reader which left may still refer to; they get other pages before they are written.",
+            [(labels, each.forsaken_nbytes) for labels, each in shown.items()],
+            ("pool",),
+        )
+        yield self._metrics.total(
+            "pool_reclaimed_bytes_total",
+            "Bytes that got other pages, because somebody might still refer to the old ones.",
+            [(labels, each.num_reclaimed * each.unit_nbytes) for labels, each in shown.items()],
+            ("pool",),
+        )
 
 
 def _labels(pool: PoolStat) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from snowskin.transport.api import Transport
     from snowskin.transport.descriptor import RegionDescriptor
     from snowskin.transport.errors import SnowskinError
+    from snowskin.transport.lending import Lending
 
 Answer = Callable[[int, "ReplyMessage | SnowskinError"], None]
 """Called as `answer(call_id, reply or error)`."""
@@ -229,6 +230,14 @@ class NodeShell:
             (f"pages of pool {pool_id}", str(arena.page_use() or "not known"))
             for pool_id, arena in self.arenas.items()
         )
+
+    def lendings(self) -> dict[int, Lending]:
+        """Of each pool whose pages are lent to sockets."""
+        return {
+            pool_id: arena.lending
+            for pool_id, arena in self.arenas.items()
+            if arena.lending is not None
+        }
 
     def close(self) -> None:
         """Stops the timer and frees the memory; idempotent."""

@@ -27,6 +27,8 @@ import psutil
 
 from snowskin.kvstore.errors import BadSetting, PoolExhausted
 from snowskin.transport.errors import TransportClosed
+from snowskin.transport.lending import Lending
+from snowskin.transport.lending_probe import unit_nbytes, why_not_lend
 from snowskin.transport.mapping import ALIGN_NBYTES, Mapping
 from snowskin.transport.pages import (
     PageUse,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from snowskin.transport.memory import Bytes
 
 HugePages = Literal["auto", "never", "always"]
+LendPages = Literal["auto", "never"]
 
 _HUGE_NBYTES = ALIGN_NBYTES
 _MFD_HUGE_2MB = 21 << 26  # MFD_HUGE_2MB, which Python does not name everywhere
@@ -58,6 +61,8 @@ class Arena:
         nbytes: its size; whole pages.
         name: for /proc and for messages; no path.
         tenant: whose bytes lie here.
+        lending: what sockets refer to of its pages; None where they must not.
+        why_not_lent: why they must not; empty where they may.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Arena:
         tenant: str,
         populate: bool = False,
         huge_pages: HugePages = "auto",
+        lend_pages: LendPages = "never",
     ) -> None:
         """Takes the memory at once.
 
@@ -77,6 +83,7 @@ class Arena:
             tenant: the only tenant whose blocks may lie here.
             populate: fault the pages in, in a thread (`populated` waits for it).
             huge_pages: `auto` takes them where they can be had, `always` takes nothing else.
+            lend_pages: `auto` where this host lets go of pages that sockets refer to.
 
         Raises:
             BadSetting: less than one byte, more than the machine could ever hold, or huge pages
@@ -89,12 +96,15 @@ class Arena:
         self.nbytes = -(-nbytes // page_nbytes) * page_nbytes
         self.name = name
         self.tenant = tenant
+        self.lending: Lending | None = None
+        self.why_not_lent = "" if lend_pages == "auto" else "lend_pages is never"
         self._population: Population | None = None
         self._fd: int | None = _take_memfd(name, self.nbytes, huge_pages)
         try:
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping: Mapping | None = Mapping(self._fd, self.nbytes, writable=True)
             self._settle_pages(self._mapping, huge_pages)
+            self._open_lending(self._fd, huge_pages)
         except BaseException:
             self._mapping = None
             os.close(self._fd)
@@ -137,6 +147,8 @@ class Arena:
             return
         if self._population is not None:
             self._population.stop()
+        if self.lending is not None:
+            self.lending.close()
         fd, self._fd = self._fd, None
         os.close(fd)
         self._buffer = self._mapping = None  # the mapping goes with the last view of `buffer`
@@ -168,6 +180,15 @@ class Arena:
                 f"arena {self.name}: huge pages for {self.nbytes} bytes cannot be had: {reason}",
                 hint=f"set {self.nbytes // _HUGE_NBYTES} aside (vm.nr_hugepages), or huge_pages = auto",
             )
+
+    def _open_lending(self, fd: int, huge_pages: HugePages) -> None:
+        """Where it was asked for, and this host lets pages go."""
+        if self.why_not_lent:
+            return
+        unit = unit_nbytes(may_be_huge=huge_pages != "never")
+        self.why_not_lent = why_not_lend(fd, unit_nbytes=unit)
+        if not self.why_not_lent:
+            self.lending = Lending(fd, self.nbytes, unit_nbytes=unit)
 
     def _open_fd(self) -> int:
         if self._fd is None:

@@ -1,14 +1,21 @@
 """One pool's books: every byte is free, reserved, committed or quarantined, and counted as just one of them.
 
 Rules kept here: free + reserved + committed + quarantined = capacity, always. A reservation gets few large pieces:
-first the room right behind its parent, then the smallest hole that takes all the rest, then the largest holes.
+first the room right behind its parent, then the smallest hole that takes all the rest, then the largest holes. Room
+whose pages cannot be had anew, because somebody else's bytes share them, is passed over and stays free.
 """
 
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 from snowskin.kvstore.pool.allocator import ExtentAllocator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MAX_PASSED_OVER = 256  # of one reservation; each costs some microseconds
 
 
 class Use(Enum):
@@ -17,6 +24,19 @@ class Use(Enum):
     RESERVED = "reserved"
     COMMITTED = "committed"
     QUARANTINED = "quarantined"
+
+
+class Pages(Protocol):
+    """What lies under the pool; see `transport.lending.Lending`."""
+
+    @property
+    def unit_nbytes(self) -> int:
+        """What is had anew as a whole; offsets of units are its multiples."""
+        ...
+
+    def reclaim(self, offset: int, nbytes: int, is_free: Callable[[int, int], bool]) -> bool:
+        """Makes an extent safe to write; False, and nothing changed, where it cannot be."""
+        ...
 
 
 class Pool:
@@ -30,8 +50,9 @@ class Pool:
         tenant: str,
         tier: str = "dram",
         alignment: int = 4096,
+        pages: Pages | None = None,
     ) -> None:
-        """All of it free."""
+        """All of it free; `pages` where somebody may still refer to what was freed."""
         self.id = pool_id
         self.tenant = tenant
         self.tier = tier
@@ -43,6 +64,8 @@ class Pool:
         self.num_gains = 0
         self._allocator = ExtentAllocator(capacity_nbytes, alignment)
         self._used = dict.fromkeys(Use, 0)
+        self._pages = pages
+        self._passed_over: list[tuple[int, int]] = []  # of the reservation under way
 
     @property
     def free_nbytes(self) -> int:
@@ -79,6 +102,19 @@ class Pool:
         """
         if num_blocks * block_nbytes > self.free_nbytes:
             return None
+        try:
+            pieces = self._place_pieces(num_blocks, block_nbytes, near, max_extent_nbytes)
+        finally:
+            for extent in self._passed_over:
+                self._allocator.free(*extent)
+            self._passed_over.clear()
+        if pieces is not None:
+            self._used[Use.RESERVED] += num_blocks * block_nbytes
+        return pieces
+
+    def _place_pieces(
+        self, num_blocks: int, block_nbytes: int, near: int | None, max_extent_nbytes: int
+    ) -> list[tuple[int, int]] | None:
         per_extent = max(1, max_extent_nbytes // block_nbytes)
         pieces: list[tuple[int, int]] = []
         left = num_blocks
@@ -91,7 +127,6 @@ class Pool:
             pieces.append(piece)
             left -= piece[1]
             near = piece[0] + piece[1] * block_nbytes
-        self._used[Use.RESERVED] += num_blocks * block_nbytes
         return pieces
 
     def _place_piece(
@@ -101,15 +136,64 @@ class Pool:
             behind = min(num_blocks, self._allocator.hole_at(near) // block_nbytes)
             if behind:
                 offset = self._allocator.allocate(behind * block_nbytes, near=near)
-                if offset is not None:
+                if offset is not None and self._may_write(offset, behind * block_nbytes):
                     return offset, behind
         while num_blocks:
-            offset = self._allocator.allocate(num_blocks * block_nbytes)
+            offset = self._allocate(num_blocks * block_nbytes)
             if offset is not None:
                 return offset, num_blocks
             # Alignment may cost the largest hole a little; then the next smaller count is tried.
             num_blocks = min(num_blocks - 1, self.largest_hole_nbytes // block_nbytes)
         return None
+
+    def _allocate(self, nbytes: int) -> int | None:
+        """The best fit among what may be written."""
+        while len(self._passed_over) < _MAX_PASSED_OVER:
+            offset = self._allocator.allocate(nbytes)
+            if offset is None or self._may_write(offset, nbytes):
+                return offset
+        return None
+
+    def _may_write(self, offset: int, nbytes: int) -> bool:
+        """Whether an extent that was just allocated may be; else what stands in the way of it is passed over."""
+        if self._pages is None:
+            return True
+        shared: list[int] = []  # where somebody else's bytes are
+
+        def is_free(other_offset: int, other_nbytes: int) -> bool:
+            if self._is_free(other_offset, other_nbytes):
+                return True
+            shared.append(other_offset)
+            return False
+
+        if self._pages.reclaim(offset, nbytes, is_free):
+            return True
+        # Of one unit of pages at an end of the extent: the rest of it may be had.
+        start, end = offset, offset + nbytes
+        unit_nbytes = self._pages.unit_nbytes
+        if shared and shared[0] < offset:
+            end = min(end, (offset // unit_nbytes + 1) * unit_nbytes)
+        elif shared:
+            start = max(start, end // unit_nbytes * unit_nbytes)
+        self._passed_over.append((start, end - start))
+        if offset < start:
+            self._allocator.free(offset, start - offset)
+        if end < offset + nbytes:
+            self._allocator.free(end, offset + nbytes - end)
+        return False
+
+    def _is_free(self, offset: int, nbytes: int) -> bool:
+        """Whether all of it is in holes, or passed over for now."""
+        end = offset + nbytes
+        while offset < end:
+            free_nbytes = self._allocator.hole_at(offset)
+            for start, passed_nbytes in self._passed_over:
+                if start <= offset < start + passed_nbytes:
+                    free_nbytes = start + passed_nbytes - offset
+            if not free_nbytes:
+                return False
+            offset += free_nbytes
+        return True
 
     def change(self, nbytes: int, was: Use, becomes: Use) -> None:
         """Bytes change their use."""

@@ -172,3 +172,37 @@ def test_no_huge_pages_where_none_are_wanted() -> None:
         use = arena.page_use()
         assert use is not None
         assert (use.huge_nbytes, use.resident_nbytes) == (0, 2 * HUGE)
+
+
+def test_pages_are_lent_only_where_it_was_asked_for_and_go_with_the_arena() -> None:
+    before = num_descriptors()
+    with Arena(HUGE, name="kept", tenant="t") as arena:
+        assert arena.lending is None
+        assert "never" in arena.why_not_lent
+    with Arena(HUGE + PAGE, name="lent", tenant="t", lend_pages="auto") as arena:
+        if arena.lending is None:
+            pytest.skip(f"this host lends no pages: {arena.why_not_lent}")
+        assert arena.lending.unit_nbytes >= HUGE
+        assert os.fstat(arena.lending.fd).st_ino
+        loan = arena.lending.lend([(0, arena.nbytes)])
+        assert loan.ranges == ((0, HUGE),)
+    assert arena.lending.fd < 0
+    assert num_descriptors() == before
+    assert num_mappings("lent") == 0
+
+
+def test_small_pages_are_lent_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "why_not_lend", lambda fd, *, unit_nbytes: "")
+    monkeypatch.setattr(
+        arena_module, "unit_nbytes", lambda *, may_be_huge: HUGE if may_be_huge else PAGE
+    )
+    with Arena(HUGE, name="a", tenant="t", huge_pages="never", lend_pages="auto") as arena:
+        assert arena.lending is not None
+        assert arena.lending.unit_nbytes == PAGE
+
+
+def test_host_that_must_not_lend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "why_not_lend", lambda fd, *, unit_nbytes: "a GPU")
+    with Arena(HUGE, name="a", tenant="t", lend_pages="auto") as arena:
+        assert arena.lending is None
+        assert arena.why_not_lent == "a GPU"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from snowskin.kvstore.messages import LeaseId
@@ -9,11 +11,21 @@ from snowskin.kvstore.node.data_plane import DataPlane
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 
+if TYPE_CHECKING:
+    from snowskin.transport.lending import Lending
+
 
 class Arena:
     """Memory alone."""
 
     buffer = np.zeros(4096, dtype=np.uint8)
+    lending: Lending | None = None
+
+
+class Tcp(LoopbackTransport):
+    """Called as the one that lends."""
+
+    scheme = "tcp"
 
 
 class Other(LoopbackTransport):
@@ -36,4 +48,14 @@ def test_transport_that_is_gone_takes_no_other_with_it(caplog):
     plane.take_back(LeaseId(1))
     assert len(living.grants) == len(plane) == 0
     assert plane.grant(LeaseId(2), [(0, 0, 9)], ["other"], writable=False, life_s=9.0) == ()
+    plane.close()
+
+
+def test_only_tcp_is_told_that_pages_are_lent():
+    network = LoopbackNetwork()
+    arena = Arena()
+    arena.lending = object()  # type: ignore[assignment]  # nobody looks into it
+    plane = DataPlane([Tcp(network), Other(network)], {0: arena}, epoch=1)  # type: ignore[dict-item]
+    lent = {scheme: regions[0].lending for scheme, regions in plane._regions.items()}
+    assert lent == {"tcp": arena.lending, "other": None}
     plane.close()

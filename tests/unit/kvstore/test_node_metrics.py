@@ -46,6 +46,13 @@ class SlowPath:
     written_nbytes = 4
 
 
+class Lending:
+    lent_nbytes = 21
+    forsaken_nbytes = 22
+    num_reclaimed = 23
+    unit_nbytes = 10
+
+
 class Watchers:
     num_dropped = 2
 
@@ -64,6 +71,7 @@ def shown(stat=STAT):
         door=door,
         watchers=Watchers(),  # type: ignore[arg-type]
         slow_path=SlowPath(),
+        lendings={3: Lending()},  # type: ignore[dict-item]
     )
     return {
         (sample.name.removeprefix("snowskin_node_"), *sample.labels.values()): sample.value
@@ -86,6 +94,13 @@ def test_a_pool_is_shown_to_the_byte():
         "leased": 5,
         "largest_hole": 25,
     }
+
+
+def test_what_is_lent_of_a_pool_is_shown():
+    found = shown()
+    assert found["pool_lent_bytes", "3"] == 21
+    assert found["pool_forsaken_bytes", "3"] == 22
+    assert found["pool_reclaimed_bytes_total", "3"] == 230
 
 
 def test_the_account_is_shown_as_it_is_at_the_scrape():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from snowskin.kvstore.pool import pool as pool_module
 from snowskin.kvstore.pool.pool import Pool, Use
 
 KIB = 1024
@@ -97,3 +98,93 @@ def test_check_finds_a_miscount(pool):
     pool.leased_nbytes = 1
     with pytest.raises(AssertionError):
         pool.check()
+
+
+class LentPages:
+    """Pages of which some units cannot be had anew while others live in them."""
+
+    def __init__(self, unit_nbytes: int, lent: set[int], stuck: bool = False) -> None:
+        self.unit_nbytes = unit_nbytes
+        self.lent = lent  # units
+        self.stuck = stuck
+        self.asked: list[tuple[int, int]] = []
+
+    def reclaim(self, offset, nbytes, is_free) -> bool:
+        self.asked.append((offset, nbytes))
+        units = range(offset // self.unit_nbytes, -(-(offset + nbytes) // self.unit_nbytes))
+        for unit in self.lent.intersection(units):
+            start, end = unit * self.unit_nbytes, (unit + 1) * self.unit_nbytes
+            if self.stuck or (start < offset and not is_free(start, offset - start)):
+                return False
+            if end > offset + nbytes and not is_free(offset + nbytes, end - offset - nbytes):
+                return False
+        self.lent.difference_update(units)
+        return True
+
+
+def lent_pool(unit_nbytes: int, lent: set[int], **options):
+    pages = LentPages(unit_nbytes, lent, **options)
+    return Pool(0, 64 * KIB, tenant="t", alignment=4 * KIB, pages=pages), pages
+
+
+def test_pages_are_had_anew_before_a_run_lies_on_them():
+    pool, pages = lent_pool(16 * KIB, {0, 1, 3})
+    assert place(pool, 6, 4 * KIB) == [(0, 6)]
+    assert pages.asked == [(0, 24 * KIB)]
+    assert pages.lent == {3}
+
+
+def test_room_whose_pages_a_living_block_shares_is_passed_over_and_stays_free():
+    pool, pages = lent_pool(16 * KIB, set())
+    place(pool, 1, 4 * KIB)
+    pages.lent = {0}  # a reader left with the first block, and it still lives
+    assert place(pool, 3, 4 * KIB) == [(16 * KIB, 3)]
+    assert place(pool, 1, 4 * KIB, near=4 * KIB) == [(28 * KIB, 1)]
+    assert pool.free_nbytes == 44 * KIB
+    pages.lent.clear()
+    assert place(pool, 3, 4 * KIB) == [(4 * KIB, 3)]  # the smallest hole that takes them
+
+
+def test_only_the_unit_with_a_living_block_is_passed_over_at_either_end():
+    pool, pages = lent_pool(16 * KIB, set())
+    place(pool, 16, 4 * KIB)
+    pool.free(4 * KIB, 56 * KIB, Use.RESERVED)  # the first and the last block live
+    pages.lent = {0, 3}
+    assert place(pool, 8, 4 * KIB) == [(16 * KIB, 8)]
+    assert pages.lent == {0, 3}
+    assert place(pool, 1, 4 * KIB) is None
+    assert pool.free_nbytes == 24 * KIB
+
+
+def test_nothing_fits_where_no_page_can_be_had_anew():
+    pool, pages = lent_pool(16 * KIB, {0, 1, 2, 3}, stuck=True)
+    assert place(pool, 2, 4 * KIB) is None
+    assert (pool.free_nbytes, pool.num_gains) == (64 * KIB, 0)
+    pages.stuck = False
+    assert place(pool, 16, 4 * KIB) == [(0, 16)]
+
+
+def test_room_is_not_looked_for_without_end(monkeypatch):
+    monkeypatch.setattr(pool_module, "_MAX_PASSED_OVER", 3)
+    pool, pages = lent_pool(16 * KIB, {0, 1, 2, 3})
+    pages.lent = set()
+    place(pool, 16, 4 * KIB)
+    for unit in range(4):
+        pool.free(unit * 16 * KIB + 4 * KIB, 4 * KIB, Use.RESERVED)
+    pages.lent, pages.asked = {0, 1, 2, 3}, []
+    assert place(pool, 1, 4 * KIB) is None
+    assert len(pages.asked) == 3
+    assert pool.free_nbytes == 16 * KIB
+
+
+def test_room_passed_over_counts_as_free_for_its_neighbour():
+    class StuckOnce(LentPages):
+        def reclaim(self, offset, nbytes, is_free) -> bool:
+            self.stuck = not self.asked
+            return super().reclaim(offset, nbytes, is_free)
+
+    pages = StuckOnce(16 * KIB, {0})
+    pool = Pool(0, 64 * KIB, tenant="t", alignment=4 * KIB, pages=pages)
+    assert place(pool, 1, 4 * KIB) == [(4 * KIB, 1)]
+    assert pool.free_nbytes == 60 * KIB
+    assert pages.asked == [(0, 4 * KIB), (4 * KIB, 4 * KIB)]
