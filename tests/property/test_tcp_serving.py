@@ -1,12 +1,14 @@
-"""Pulls and pushes against plain slices: any ranges, any size of frame, any part of it at once."""
+"""Pulls and pushes against plain slices: any ranges, any size of frame, any part of it at once, copied or lent."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 from hypothesis import given
 
 from snowskin.transport.frames import HEAD_NBYTES, Ask, Data, Kind, decode_head, encode
-from snowskin.transport.tcp.serving import ServedTransfer
+from snowskin.transport.tcp.served_transfer import ServedTransfer
 
 MEMORY = bytes(index * 7 % 251 for index in range(300))
 
@@ -44,6 +46,51 @@ def test_a_pull_is_its_ranges_however_much_the_stream_takes(asked, chunk_nbytes,
         payload += stream[HEAD_NBYTES : HEAD_NBYTES + head.nbytes]
         stream = stream[HEAD_NBYTES + head.nbytes :]
     assert payload == b"".join(MEMORY[at : at + size] for at, size in asked)
+
+
+class Pages:
+    """Lends whole pages of `unit_nbytes`."""
+
+    def __init__(self, unit_nbytes):
+        self.unit_nbytes = unit_nbytes
+
+    def lendable(self, offset, nbytes):
+        start = -(-offset // self.unit_nbytes) * self.unit_nbytes
+        return start, max(0, (offset + nbytes) // self.unit_nbytes * self.unit_nbytes - start)
+
+    def lend(self, ranges):
+        assert all(at % self.unit_nbytes == size % self.unit_nbytes == 0 for at, size in ranges)
+        return SimpleNamespace(ranges=tuple(ranges))
+
+
+@given(asked=RANGES, chunk_nbytes=CHUNKS, taken=TAKEN, unit_nbytes=st.integers(1, 64))
+def test_what_is_lent_and_what_is_copied_are_the_ranges_together(
+    asked, chunk_nbytes, taken, unit_nbytes
+):
+    transfer = transfer_of(asked, chunk_nbytes, is_push=False)
+    pages = Pages(unit_nbytes)
+    transfer.borrow(pages, least_nbytes=1)
+    whole_nbytes = sum(pages.lendable(*each)[1] for each in asked)
+    assert (transfer.loan is not None) is (whole_nbytes > 0)
+    stream, is_last, turn, lent_nbytes = b"", False, 0, 0
+    while not is_last:
+        copied = b"".join(transfer.outgoing(memoryview(MEMORY)))
+        at, size = transfer.lent()
+        assert size == 0 or any(
+            start <= at < at + size <= start + whole
+            for start, whole in (pages.lendable(*each) for each in asked)
+        )
+        part = (copied + MEMORY[at : at + size])[: taken[turn % len(taken)]]
+        lent_nbytes += max(0, len(part) - len(copied))
+        stream, is_last, turn = stream + part, transfer.sent(len(part)), turn + 1
+    payload = b""
+    while stream:
+        head = decode_head(stream)
+        assert 0 < head.nbytes <= chunk_nbytes
+        payload += stream[HEAD_NBYTES : HEAD_NBYTES + head.nbytes]
+        stream = stream[HEAD_NBYTES + head.nbytes :]
+    assert payload == b"".join(MEMORY[at : at + size] for at, size in asked)
+    assert lent_nbytes == whole_nbytes
 
 
 @given(asked=RANGES, chunk_nbytes=CHUNKS, frames=TAKEN, taken=TAKEN)

@@ -7,6 +7,7 @@ real time that tests can move on.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import threading
 import time
@@ -18,8 +19,9 @@ import numpy as np
 from snowskin.kvstore.pool.arena import Arena
 from snowskin.transport.addresses import Address
 from snowskin.transport.copying import INLINE_NBYTES
+from snowskin.transport.lending import Lending
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
-from snowskin.transport.memory import Memfd
+from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.ordered import NUM_WORKERS
 from snowskin.transport.shm import ShmTransport
 from snowskin.transport.tcp.settings import TcpSettings
@@ -59,6 +61,7 @@ class Backend:
         knows_memory: whether `attach` sees the memory itself, and so refuses what is not as described.
         has_links: whether notes need a link that travels beside the descriptor.
         has_views: whether attached regions can be read in place.
+        lends: whether the owner's memory is registered as `Lendable`.
         why_not: what is missing here to run it; None where nothing is.
     """
 
@@ -68,6 +71,7 @@ class Backend:
     knows_memory: bool = False
     has_links: bool = False
     has_views: bool = False
+    lends: bool = False
     why_not: str | None = None
 
 
@@ -80,10 +84,16 @@ def _shm(now_s: Callable[[], float]) -> tuple[Transport, Transport]:
     return ShmTransport(now_s=now_s), ShmTransport(now_s=now_s)
 
 
-def _tcp(now_s: Callable[[], float]) -> tuple[Transport, Transport]:
+def _tcp(
+    now_s: Callable[[], float], *, lend_from_nbytes: int = TcpSettings().lend_from_nbytes
+) -> tuple[Transport, Transport]:
     # Buffers of a size of their own, so that a test knows how much can be on the way.
-    here = TcpSettings(listen=(Address("127.0.0.1", 0),), send_buffer_nbytes=BUFFER_NBYTES)
-    there = TcpSettings(receive_buffer_nbytes=BUFFER_NBYTES)
+    here = TcpSettings(
+        listen=(Address("127.0.0.1", 0),),
+        send_buffer_nbytes=BUFFER_NBYTES,
+        lend_from_nbytes=lend_from_nbytes,
+    )
+    there = TcpSettings(receive_buffer_nbytes=BUFFER_NBYTES, done_from_nbytes=lend_from_nbytes)
     reader = TcpTransport(there, now_s=now_s, inline_nbytes=INLINE_NBYTES)
     return TcpTransport(here, now_s=now_s), reader
 
@@ -97,6 +107,7 @@ BACKENDS: dict[str, Backend] = {
     "loopback": Backend(make=_loopback, is_real=False, knows_memory=True, has_views=True),
     "shm": Backend(make=_shm, is_real=False, knows_memory=True, has_links=True, has_views=True),
     "tcp": Backend(make=_tcp),
+    "tcp-by-reference": Backend(make=lambda now_s: _tcp(now_s, lend_from_nbytes=1), lends=True),
     "ucx": Backend(
         make=lambda now_s: _ucx(now_s, one_sided=False),
         num_at_once=NUM_UCX_WORKERS,
@@ -126,9 +137,15 @@ class Rig:
         self.nbytes = nbytes
         self._moved_s = 100.0
         self.owner, self.reader = self.backend.make(self.now_s)
-        self.arena = Arena(nbytes, name="rig", tenant="t")
+        lends = self.backend.lends
+        self.arena = Arena(nbytes, name="rig", tenant="t", huge_pages="never" if lends else "auto")
         self.fd = self.arena.open_read_write()
-        self.owned = self.owner.register(Memfd(fd=self.fd))
+        memory: object = Memfd(fd=self.fd)
+        self.lending = None
+        if lends:
+            self.lending = Lending(self.fd, self.arena.nbytes, unit_nbytes=mmap.PAGESIZE)
+            memory = Lendable(memory=memory, lending=self.lending)
+        self.owned = self.owner.register(memory)
         self.owned.buffer[:] = np.random.default_rng(7).integers(0, 256, nbytes, dtype=np.uint8)
         self.target = np.zeros(nbytes, dtype=np.uint8)
         self.local = self.reader.register(self.target)
@@ -202,6 +219,8 @@ class Rig:
         self.owned.close()
         for link_fd in self._link_fds.values():
             os.close(link_fd)
+        if self.lending is not None:
+            self.lending.close()
         os.close(self.fd)
         self.arena.close()
 

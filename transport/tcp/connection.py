@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import select
 import socket
 import ssl
@@ -55,7 +56,7 @@ MIN_HEARTBEAT_S = 0.1  # an owner that is less patient than that may end what is
 SCRATCH_NBYTES = 64 * 1024 + HEAD_NBYTES
 
 _HEAD = struct.Struct(">BBHIQ")
-_DATA = int(Kind.DATA)
+_DATA, _DONE = int(Kind.DATA), int(Kind.DONE)
 _NAP_S = 1e-6  # to which the kernel adds its timer slack of 50 µs (prctl(2), PR_SET_TIMERSLACK)
 _NAP_FROM_NBYTES = 1 << 20  # so much must be on its way: for less, a nap could be the longest part
 _TRICKLE_NBYTES = 32 << 10
@@ -95,6 +96,7 @@ class Connection:
         is_reusable: between two transfers, in order: it may serve the next one.
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
+        done_from_nbytes: a pull of so much ends with DONE, note or not.
         has_asked: `swap` or `ask` sent its request.
         frame_left_nbytes: of a DATA that was begun, for who goes on with it.
         is_pushing: the owner may be landing what was sent on it.
@@ -117,6 +119,7 @@ class Connection:
         "_spin_s",
         "_start",
         "_wait_s",
+        "done_from_nbytes",
         "fd",
         "frame_left_nbytes",
         "has_asked",
@@ -154,6 +157,7 @@ class Connection:
         self._scratch = memoryview(self._buffer)
         self._start = self._end = 0  # of what lies in the scratch and was not taken
         self.frame_left_nbytes = 0
+        self.done_from_nbytes = math.inf
         self._op = 0
         self._num_in_vain = self._num_sleeps = 0
         self._spin_s = spin_s
@@ -291,6 +295,14 @@ class Connection:
         if most_nbytes >= _NAP_FROM_NBYTES:
             time.sleep(_NAP_S)  # as in `receive_whole`
         return self.next_frame(op, most_nbytes)
+
+    def acknowledge(self, op: int) -> bool:
+        """Says DONE without a note, so that the owner knows its pages free; whether the connection is still good."""
+        try:
+            done = _HEAD.pack(_DONE, 0, 0, op, 0)
+            return self._send(done, socket.MSG_DONTWAIT) == HEAD_NBYTES
+        except OSError:
+            return False
 
     def next_frame(self, op: int, most_nbytes: int) -> int:
         """Size of the next DATA of this transfer, blocking; 0 where that is not what came: `data_head` knows then."""
@@ -483,6 +495,8 @@ class Connection:
 
     def greet(self, settings: TcpSettings) -> Iterator[None]:
         """HELLO and WELCOME."""
+        if not self.is_tls:  # which copies everything anyway
+            self.done_from_nbytes = settings.done_from_nbytes
         hello = Hello(
             min_version=WIRE_VERSION,
             max_version=WIRE_VERSION,

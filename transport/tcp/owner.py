@@ -132,7 +132,12 @@ class TcpOwner:
             plain.close()
             return
         served = ServedConnection(
-            self._grants, self._settings, self._ledger, peer=host, now_s=self._now_s()
+            self._grants,
+            self._settings,
+            self._ledger,
+            peer=host,
+            now_s=self._now_s(),
+            may_lend=self._tls is None,
         )
         loop = next(self._next_loop)
         link = Link(stream, served, loop, holds_bytes=self._tls is not None)

@@ -137,8 +137,15 @@ class Job:
         return left
 
 
-def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last: bool) -> bytes:
-    """PULL or PUSH for `runs`, under the connection's next number."""
+def ask_bytes(
+    connection: Connection,
+    job: Job,
+    runs: Sequence[Run],
+    *,
+    is_last: bool,
+    wants_done: bool = False,
+) -> bytes:
+    """PULL or PUSH for `runs`, under the connection's next number; with `wants_done` it says that DONE will follow."""
     order = job.order
     is_pull, note, descriptor = order.is_pull, job.note, order.remote.descriptor
     inline_note = b"" if is_pull else note
@@ -154,7 +161,7 @@ def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last:
         descriptor.generation,
         max(1, int(min(MAX_TIMEOUT_MS, job.check() * 1000))),
         order.traffic,
-        1 if note and is_last else 0,
+        1 if wants_done or (note and is_last) else 0,
         len(inline_note),
         num_runs,
     )
@@ -162,6 +169,11 @@ def ask_bytes(connection: Connection, job: Job, runs: Sequence[Run], *, is_last:
         return head + inline_note + runs[0][0].to_bytes(8) + runs[0][2].to_bytes(8)
     numbers = [number for run in runs for number in (run[0], run[2])]
     return head + inline_note + struct.pack(f">{2 * num_runs}Q", *numbers)
+
+
+def is_acknowledged(connection: Connection, runs: Sequence[Run]) -> bool:
+    """Whether a pull of these runs ends with DONE, note or not."""
+    return sum(run[2] for run in runs) >= connection.done_from_nbytes
 
 
 def is_plain(job: Job) -> bool:
@@ -182,6 +194,7 @@ def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
     order = job.order
     descriptor = order.remote.descriptor
     op = connection.next_op()
+    acknowledges = nbytes >= connection.done_from_nbytes
     request = _ASK_ONE.pack(
         _PULL,
         0,
@@ -193,7 +206,7 @@ def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
         descriptor.generation,
         MAX_TIMEOUT_MS if remaining_s >= MAX_TIMEOUT_S else max(1, int(remaining_s * 1000)),
         order.traffic,
-        0,
+        1 if acknowledges else 0,
         0,
         1,
         remote_offset,
@@ -203,7 +216,10 @@ def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
     if nbytes > SHORT_NBYTES:
         frame_nbytes = connection.ask(request, op, nbytes)
         job.is_asked = connection.has_asked
-        return frame_nbytes > 0 and _land_run(connection, job, frame_nbytes)
+        if not frame_nbytes or not _land_run(connection, job, frame_nbytes):
+            return False
+        connection.is_reusable = not acknowledges or connection.acknowledge(op)
+        return True
     payload = connection.swap(request, _DATA_HEAD.pack(_DATA, 0, 0, op, nbytes), nbytes)
     if payload is None:
         job.is_asked = connection.has_asked
@@ -214,7 +230,8 @@ def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
         region.view[local_offset : local_offset + nbytes] = payload
     finally:
         region.end_landing()
-    connection.is_reusable = job.heard = True
+    job.heard = True
+    connection.is_reusable = not acknowledges or connection.acknowledge(op)
     job.moved(local_offset, nbytes)
     return True
 
@@ -247,7 +264,6 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
                 return False
             if at == end:
                 job.is_asked = False
-                connection.is_reusable = True
                 return True
             if connection.hung_up or now_s() >= deadline_s:
                 job.check()
@@ -257,7 +273,7 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
 
 
 def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
-    """Asks for `runs` and lands them, in as many requests as the owner wants; then says DONE where there is a note."""
+    """Asks for `runs` and lands them, in as many requests as the owner wants; says DONE where it announced that."""
     most = connection.welcome.max_ranges
     note = job.note
     for first in range(0, len(runs), most):
@@ -266,14 +282,19 @@ def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None
         connection.is_reusable = False
         if job.is_asked:
             job.is_asked = False
+            acknowledges = is_acknowledged(connection, job.runs)  # as a whole it was asked for
         else:
-            yield from connection.send_all([ask_bytes(connection, job, part, is_last=is_last)])
+            acknowledges = is_acknowledged(connection, part)
+            ask = ask_bytes(connection, job, part, is_last=is_last, wants_done=acknowledges)
+            yield from connection.send_all([ask])
         yield from _land(connection, job, part)
         if note and is_last:
             job.check_grant()
             if connection.is_dead():  # it would go nowhere, and nothing would say so
                 raise PeerLost(f"{connection.peer} has ended the connection before the note")
             yield from connection.send_all([encode(Done(op=connection.last_op, note=note))])
+        elif acknowledges and not connection.acknowledge(connection.last_op):
+            continue  # all bytes are here; only the connection is no good any more
         connection.is_reusable = not connection.num_ahead
 
 

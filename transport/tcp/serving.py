@@ -18,7 +18,6 @@ from __future__ import annotations
 import enum
 import logging
 import math
-import struct
 from typing import TYPE_CHECKING, Protocol
 
 from snowskin.transport.errors import (
@@ -30,7 +29,6 @@ from snowskin.transport.errors import (
 from snowskin.transport.frames import (
     HEAD_NBYTES,
     WIRE_VERSION,
-    Ask,
     Clear,
     Done,
     Fail,
@@ -48,21 +46,17 @@ from snowskin.transport.frames import (
     fail_of,
     named_grant,
 )
+from snowskin.transport.tcp.served_transfer import ServedTransfer
 from snowskin.transport.words import Completion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from snowskin.transport.grants import Grant, GrantTable
     from snowskin.transport.tcp.settings import TcpSettings
 
 FAREWELL_S = 1.0  # how long a peer may take to hear why its connection ends
-MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
 MAX_PINGS = 64  # that come in one go
 
 _log = logging.getLogger("snowskin.transport.tcp")
-_HEAD = struct.Struct(">BBHIQ")
-_DATA = int(Kind.DATA)
 
 
 class Phase(enum.Enum):
@@ -102,157 +96,6 @@ class Ledger(Protocol):
         """A peer was refused something."""
 
 
-class Cursor:
-    """Walks the ranges of a transfer.
-
-    Attributes:
-        left: bytes that have not moved yet.
-    """
-
-    __slots__ = ("_index", "_ranges", "_skip", "left")
-
-    def __init__(self, ranges: Sequence[tuple[int, int]], nbytes: int) -> None:
-        """At the first byte; `nbytes` is the sum of the sizes."""
-        self._ranges = ranges
-        self._index = 0
-        self._skip = 0
-        self.left = nbytes
-
-    def views(self, memory: memoryview, max_nbytes: int) -> list[memoryview]:
-        """The next bytes, at most `max_nbytes` (at most `left`) in at most MAX_VIEWS parts."""
-        index = self._index
-        offset, nbytes = self._ranges[index]
-        offset += self._skip
-        nbytes -= self._skip
-        views = []
-        while nbytes < max_nbytes:
-            views.append(memory[offset : offset + nbytes])
-            if len(views) == MAX_VIEWS:
-                return views
-            max_nbytes -= nbytes
-            index += 1
-            offset, nbytes = self._ranges[index]
-        views.append(memory[offset : offset + max_nbytes])
-        return views
-
-    def advance(self, nbytes: int) -> None:
-        """So many bytes have moved."""
-        self.left -= nbytes
-        if not self.left:
-            return
-        nbytes += self._skip
-        while nbytes >= (range_nbytes := self._ranges[self._index][1]):
-            nbytes -= range_nbytes
-            self._index += 1
-        self._skip = nbytes
-
-
-class ServedTransfer:
-    """One PULL or PUSH under way: which frame, which range, which byte.
-
-    Attributes:
-        ask: what was asked.
-        grant: under which right.
-        nbytes: of the whole.
-        deadline_s: when the peer gives up.
-        moved_at_s: when bytes moved last.
-        frame_left: payload of the frame under way that has not moved.
-    """
-
-    __slots__ = (
-        "_chunk_nbytes",
-        "_cursor",
-        "_head",
-        "_head_view",
-        "_num_head",
-        "ask",
-        "deadline_s",
-        "frame_left",
-        "grant",
-        "moved_at_s",
-        "nbytes",
-    )
-
-    def __init__(
-        self, ask: Ask, grant: Grant, nbytes: int, *, chunk_nbytes: int, now_s: float
-    ) -> None:
-        """At its first byte."""
-        self.ask = ask
-        self.grant = grant
-        self.nbytes = nbytes
-        self.deadline_s = now_s + ask.timeout_ms / 1000
-        self.moved_at_s = now_s
-        self.frame_left = 0
-        self._cursor = Cursor(ask.ranges, nbytes)
-        self._chunk_nbytes = chunk_nbytes
-        self._head = bytearray(HEAD_NBYTES)
-        self._head_view = memoryview(self._head)
-        self._num_head = HEAD_NBYTES if not ask.is_push else 0  # bytes of the head that moved
-
-    @property
-    def left(self) -> int:
-        """Bytes that have not moved."""
-        return self._cursor.left
-
-    @property
-    def between_frames(self) -> bool:
-        """Whether the stream stands at the end of a frame."""
-        return not self.frame_left
-
-    def outgoing(self, memory: memoryview) -> list[memoryview]:
-        """What to send next: at most the rest of one frame."""
-        if not self.frame_left:
-            self.frame_left = min(self._chunk_nbytes, self._cursor.left)
-            _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
-            self._num_head = 0
-        views = self._cursor.views(memory, self.frame_left)
-        if self._num_head < HEAD_NBYTES:
-            views.insert(0, self._head_view[self._num_head :])
-        return views
-
-    def sent(self, nbytes: int) -> bool:
-        """So many bytes of `outgoing` are with the kernel; whether that was the last one."""
-        if self._num_head < HEAD_NBYTES:
-            num_head = min(HEAD_NBYTES - self._num_head, nbytes)
-            self._num_head += num_head
-            nbytes -= num_head
-        self._cursor.advance(nbytes)
-        self.frame_left -= nbytes
-        return not self._cursor.left
-
-    def incoming(self, memory: memoryview) -> list[memoryview]:
-        """Where to receive next: the rest of one frame's payload, and the head of the next one."""
-        left = self.frame_left
-        if not left:
-            return [self._head_view[self._num_head :]]
-        views = self._cursor.views(memory, left)
-        if left < self._cursor.left and len(views) < MAX_VIEWS:
-            views.append(self._head_view)
-        return views
-
-    def landed(self, nbytes: int) -> bool:
-        """So many bytes came into `incoming`; whether that was the last one.
-
-        Raises:
-            BadFrame: what came is not the head of the next DATA.
-        """
-        payload_nbytes = min(nbytes, self.frame_left)
-        self._cursor.advance(payload_nbytes)
-        self.frame_left -= payload_nbytes
-        self._num_head += nbytes - payload_nbytes
-        if self._num_head == HEAD_NBYTES:
-            kind, op, frame_nbytes = decode_head(self._head)
-            most = min(self._chunk_nbytes, self._cursor.left)
-            if kind is not Kind.DATA or op != self.ask.op or not 1 <= frame_nbytes <= most:
-                raise BadFrame(
-                    f"{kind.name} of op {op} with {frame_nbytes} bytes in push {self.ask.op}, "
-                    f"where {most} are the most"
-                )
-            self._num_head = 0
-            self.frame_left = frame_nbytes
-        return not self._cursor.left
-
-
 class ServedConnection:
     """One reader, as the protocol sees it.
 
@@ -269,6 +112,7 @@ class ServedConnection:
         "_grants",
         "_heard_at_s",
         "_ledger",
+        "_may_lend",
         "_name",
         "_partial",
         "_partial_since_s",
@@ -291,8 +135,9 @@ class ServedConnection:
         *,
         peer: str,
         now_s: float,
+        may_lend: bool = False,
     ) -> None:
-        """Just accepted."""
+        """Just accepted; `may_lend` where the stream can take pages by reference (TLS cannot)."""
         self.peer = peer
         self.phase = _GREETING
         self.out = bytearray()
@@ -302,6 +147,7 @@ class ServedConnection:
         self._grants = grants
         self._settings = settings
         self._ledger = ledger
+        self._may_lend = may_lend
         self._name = ""
         self._since_s = now_s  # of this phase
         self._heard_at_s = now_s
@@ -477,7 +323,7 @@ class ServedConnection:
                 assert transfer is not None, "in this phase there is one"
                 if frame.op != transfer.ask.op:
                     raise BadFrame(f"DONE of op {frame.op} after pull {transfer.ask.op}")
-                self._complete(frame.note, now_s, tells=True)
+                self._complete(frame.note, now_s, tells=bool(frame.note))
             case Hello():
                 self._greet(frame, now_s)
             case _:
@@ -527,6 +373,8 @@ class ServedConnection:
         )
         if ask.is_push:
             self.out += encode(Clear(op=ask.op))
+        elif ask.wants_done and self._may_lend and grant.region.lending is not None:
+            self.transfer.borrow(grant.region.lending, least_nbytes=self._settings.lend_from_nbytes)
         self._enter(_RECEIVING if ask.is_push else _SENDING, now_s)
 
     def _complete(self, note: bytes, now_s: float, *, tells: bool) -> None:
@@ -537,6 +385,7 @@ class ServedConnection:
         self._enter(_IDLE, now_s)
         self.num_served += 1
         self._ledger.count_served(transfer.nbytes)
+        transfer.settle()
         grant = transfer.grant
         if not tells or grant.on_done is None:
             return
@@ -553,6 +402,7 @@ class ServedConnection:
 
     def _fail(self) -> None:
         if self.transfer is not None:
+            self.transfer.forsake()
             self.transfer = None
             self._ledger.count_served_failed()
 

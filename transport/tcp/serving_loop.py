@@ -8,13 +8,15 @@ A turn: wait for events; hear all who said something; then move pieces, of the l
 robin within a class, until a turn's worth of bytes has moved. A stream that takes no more waits until it is writable.
 Between pieces there is no state but the connection's: a peer that does not read holds its connection, and no more.
 
-Memory goes out by `sendmsg`, which has copied when it returns: afterwards the kernel refers to no page of ours.
+Memory goes out by `sendmsg`, which has copied when it returns, or by `sendfile`, after which the kernel refers to pages
+of ours until the reader says DONE: that is a loan (`served_transfer.py`), and there is none without a `Lending`.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import heapq
 import itertools
 import logging
@@ -22,6 +24,8 @@ import math
 import os
 import select
 import socket
+import sys
+import termios
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
     from snowskin.transport.grants import Grant
     from snowskin.transport.tcp.admission import Admission
+    from snowskin.transport.tcp.served_transfer import ServedTransfer
     from snowskin.transport.tcp.serving import ServedConnection
     from snowskin.transport.tcp.streams import Stream
     from snowskin.transport.words import Completion
@@ -45,7 +50,7 @@ PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
 SMALL_NBYTES = 64 << 10  # what such a transfer moves goes at once, whatever waits
 MAX_EVENTS = 256
 _SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see serving.py
-_LEAVING, _OVER = Phase.LEAVING, Phase.OVER
+_AWAITING_DONE, _LEAVING, _OVER = Phase.AWAITING_DONE, Phase.LEAVING, Phase.OVER
 CLOSE_S = 10.0
 LOOK_S = (
     50e-6  # how long it looks for the next request before it sleeps, where readers ask back to back
@@ -73,6 +78,7 @@ class Link:
         proven: it completed a transfer.
         shut: this side has said its last words.
         timer_at_s: the timer that is set for it.
+        unsent_nbytes: what the kernel had not brought to the peer yet when that was last looked at.
     """
 
     __slots__ = (
@@ -87,6 +93,7 @@ class Link:
         "shut",
         "stream",
         "timer_at_s",
+        "unsent_nbytes",
     )
 
     def __init__(
@@ -104,6 +111,15 @@ class Link:
         self.proven = False
         self.shut = False
         self.timer_at_s = math.inf
+        self.unsent_nbytes = 0
+
+    def drains(self) -> bool:
+        """Whether the kernel has brought more of what was sent to the peer since this was last asked."""
+        before_nbytes = self.unsent_nbytes
+        self.unsent_nbytes = int.from_bytes(
+            fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder
+        )
+        return self.unsent_nbytes < before_nbytes
 
     @property
     def is_busy(self) -> bool:
@@ -398,7 +414,10 @@ class ServingLoop:
             if is_sending:
                 parts = transfer.outgoing(memory)
                 wanted_nbytes = sum(map(len, parts))
-                nbytes = link.stream.sendmsg(parts)
+                if transfer.loan is None:
+                    nbytes = link.stream.sendmsg(parts)
+                else:
+                    wanted_nbytes, nbytes = _send_lent(link, transfer, parts, wanted_nbytes)
             else:
                 parts = transfer.incoming(memory)
                 wanted_nbytes = sum(map(len, parts))
@@ -413,6 +432,8 @@ class ServingLoop:
         if nbytes:
             if is_sending:
                 served.sent(nbytes, now_s)
+                if served.phase is _AWAITING_DONE:
+                    link.drains()
             else:
                 served.landed(nbytes, now_s)
         if is_sending:
@@ -476,8 +497,11 @@ class ServingLoop:
             elif at_s == who.timer_at_s and self._links.get(who.fd) is who:
                 who.timer_at_s = math.inf
                 transfer = who.served.transfer
-                if who.queued and transfer is not None:
-                    transfer.moved_at_s = now_s  # it waits for its turn, and not for its peer
+                if transfer is not None and (
+                    who.queued  # it waits for its turn, and not for its peer
+                    or (who.served.phase is _AWAITING_DONE and who.drains())
+                ):
+                    transfer.moved_at_s = now_s
                 who.served.on_due(now_s)
                 self._guarded(self._settle, who)
 
@@ -494,6 +518,22 @@ class ServingLoop:
     def _count_error(self, what: str, **fields: str) -> None:
         self.num_errors += 1
         _log.exception(what, extra=fields)
+
+
+def _send_lent(
+    link: Link, transfer: ServedTransfer, parts: list[memoryview], copied_nbytes: int
+) -> tuple[int, int]:
+    """Sends `parts` by copy and what follows them by reference; bytes that were to go, and that went."""
+    assert transfer.lending is not None, "it has a loan"
+    offset, lent_nbytes = transfer.lent()
+    wanted_nbytes, nbytes = copied_nbytes + lent_nbytes, 0
+    if parts:
+        # Not without MSG_MORE: the head of a frame would go, and wake its reader, alone.
+        nbytes = link.stream.sendmsg(parts, (), socket.MSG_MORE if lent_nbytes else 0)
+    if lent_nbytes and nbytes == copied_nbytes:
+        with contextlib.suppress(BlockingIOError):
+            nbytes += os.sendfile(link.fd, transfer.lending.fd, offset, lent_nbytes)
+    return wanted_nbytes, nbytes
 
 
 def _end(stream: Stream) -> None:

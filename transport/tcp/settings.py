@@ -83,6 +83,8 @@ class TcpSettings:
         num_serving_threads: over which the connections are dealt.
         chunk_nbytes: of one DATA frame.
         max_ranges: of one PULL or PUSH.
+        lend_from_nbytes: so much of one pull goes by reference or nothing, where memory was registered as `Lendable`
+            and the reader says when it has all; less stays in the cache when it is copied.
         hello_timeout_s: from connecting to the end of HELLO and WELCOME.
         idle_timeout_s: silence after which the owner closes an idle connection; 0 = never.
         frame_timeout_s: for the rest of a frame that has begun, and for payload to move on.
@@ -102,6 +104,7 @@ class TcpSettings:
         max_idle_connections_to_peer: kept open for the next transfers.
         max_idle_s: after so long without a transfer a connection is closed.
         max_nbytes_in_flight: asked of one owner at once.
+        done_from_nbytes: pulls of so much end with DONE, so that their owner may send by reference.
         spin_s: how long a thread that waits for a short answer looks again before it sleeps.
     """
 
@@ -114,6 +117,7 @@ class TcpSettings:
     num_serving_threads: int = 1
     chunk_nbytes: int = 2 << 20
     max_ranges: int = MAX_RANGES
+    lend_from_nbytes: int = 8 << 20
     hello_timeout_s: float = 2.0
     idle_timeout_s: float = 5.0
     frame_timeout_s: float = 3.0
@@ -138,6 +142,7 @@ class TcpSettings:
     max_idle_connections_to_peer: int = 8
     max_idle_s: float = 60.0
     max_nbytes_in_flight: int = 256 << 20
+    done_from_nbytes: int = 8 << 20
     spin_s: float = 50e-6
 
     def __post_init__(self) -> None:

@@ -35,7 +35,9 @@ class Stream(Protocol):
     def send(self, data: bytes | bytearray, /) -> int:
         """Bytes that were taken."""
 
-    def sendmsg(self, buffers: Sequence[memoryview], /) -> int:
+    def sendmsg(
+        self, buffers: Sequence[memoryview], ancillary: tuple[()] = (), flags: int = 0, /
+    ) -> int:
         """Bytes that were taken, of one part after the other."""
 
     def shutdown(self, how: int, /) -> None:
@@ -87,8 +89,10 @@ class TlsStream:
             self._shake_hands()
             return self._tls.send(data)
 
-    def sendmsg(self, buffers: Sequence[memoryview], /) -> int:
-        """Bytes that were taken, of one part after the other."""
+    def sendmsg(
+        self, buffers: Sequence[memoryview], ancillary: tuple[()] = (), flags: int = 0, /
+    ) -> int:
+        """Bytes that were taken, of one part after the other; there is nothing that flags could change."""
         total = 0
         for part in _joined(buffers):
             position = 0

@@ -23,7 +23,8 @@ from snowskin.transport.frames import (
 )
 from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
-from snowskin.transport.tcp.serving import MAX_PINGS, MAX_VIEWS, Phase, ServedConnection
+from snowskin.transport.tcp.served_transfer import MAX_VIEWS
+from snowskin.transport.tcp.serving import MAX_PINGS, Phase, ServedConnection
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.words import Range
 from tests.support.raw_tcp import frames_in, head
