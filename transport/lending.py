@@ -288,7 +288,7 @@ class Lending:
             os.posix_fallocate(self.fd, start, nbytes)
         except OSError as error:
             log.warning(
-                "%d bytes at %d get their pages when they are touched: %s", nbytes, start, error
+                "%d bytes at %d get their pages when touched: %s", nbytes, start, error.strerror
             )
             return True
         if self.unit_nbytes > mmap.PAGESIZE:
