@@ -240,10 +240,22 @@ def test_a_done_that_comes_in_two_parts_is_one(owned):
         reader.transfer(10)
         reader.send(bytes([7, 0, 0, 0, 0, 0, 0, 1]))
         assert not reader.is_over(0.05)
-        reader.send(bytes(8))
+        reader.send(bytes(7) + bytes([1]) + b"n")
         reader.say(Ping(op=1))
         assert reader.hear() == Pong(op=1)
-    assert len(told) == 1
+    assert [completion.note for completion in told] == [b"n"]
+
+
+def test_a_done_without_a_note_is_counted_and_tells_nobody(owned):
+    told = []
+    descriptor = owned.grant(on_done=told.append)
+    with owned.reader() as reader:
+        reader.say(ask_of(descriptor, [(0, 10)], wants_done=True))
+        reader.transfer(10)
+        reader.say(Done(op=1, note=b""), Ping(op=1))
+        assert reader.hear() == Pong(op=1)
+    assert owned.ledger.counts["served"] == 1
+    assert not told
 
 
 def test_a_full_owner_drops_who_only_waits_and_refuses_when_all_have_worked():
