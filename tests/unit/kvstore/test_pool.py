@@ -156,6 +156,17 @@ def test_only_the_unit_with_a_living_block_is_passed_over_at_either_end():
     assert pool.free_nbytes == 24 * KIB
 
 
+def test_room_before_a_unit_with_a_living_block_is_had():
+    pool, pages = lent_pool(16 * KIB, set())
+    place(pool, 16, 4 * KIB)
+    pool.free(0, 28 * KIB, Use.RESERVED)
+    pool.free(48 * KIB, 12 * KIB, Use.RESERVED)
+    pages.lent, pages.asked = {1}, []
+    assert place(pool, 7, 4 * KIB) == [(0, 4), (48 * KIB, 3)]
+    assert pages.asked[0] == (0, 28 * KIB)
+    assert pool.free_nbytes == 12 * KIB
+
+
 def test_nothing_fits_where_no_page_can_be_had_anew():
     pool, pages = lent_pool(16 * KIB, {0, 1, 2, 3}, stuck=True)
     assert place(pool, 2, 4 * KIB) is None
