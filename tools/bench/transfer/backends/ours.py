@@ -6,10 +6,13 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from snowskin.kvstore.node.data_plane import LENT_BY
 from snowskin.tools.bench.transfer.backends.api import ContestantMissing
 from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import TransportUnavailable
-from snowskin.transport.memory import Memfd
+from snowskin.transport.lending import Lending
+from snowskin.transport.lending_probe import unit_nbytes, why_not_lend
+from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.registry import open_transport
 
 if TYPE_CHECKING:
@@ -42,20 +45,28 @@ def opened(options: Options) -> Transport:
 
 
 class TransportOwner:
-    """Grants the whole pool."""
+    """Grants the whole pool, and lends its pages where a node would."""
 
     def __init__(self, pool: SharedMemory, options: Options) -> None:
         """Registers and describes; option `writable` lets the reader push, too."""
         writable = bool(options.get("writable", False))
         self._transport = opened(options)
-        self._region = self._transport.register(Memfd(fd=pool.fd), writable=writable)
+        memory: object = Memfd(fd=pool.fd)
+        self._lending: Lending | None = None
+        unit = unit_nbytes(may_be_huge=False)
+        if options["scheme"] == LENT_BY and not why_not_lend(pool.fd, unit_nbytes=unit):
+            self._lending = Lending(pool.fd, pool.bytes.nbytes, unit_nbytes=unit)
+            memory = Lendable(memory=memory, lending=self._lending)
+        self._region = self._transport.register(memory, writable=writable)
         descriptor = self._transport.describe(self._region, writable=writable)
         self.offer: Offer = {"descriptor": descriptor.to_bytes().hex()}
 
     def close(self) -> None:
-        """Closes the transport, then the region."""
+        """Closes the transport, then the region, then its books of what was lent."""
         self._transport.close()
         self._region.close()
+        if self._lending is not None:
+            self._lending.close()
 
 
 class TransportReader:
