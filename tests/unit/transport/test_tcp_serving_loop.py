@@ -264,3 +264,31 @@ def test_who_is_asked_back_to_back_looks_before_it_sleeps_and_sleeps_once_that_w
     del waits[:]
     house.loop._turn()
     assert slept() == [True], "it looks on, though that was in vain"
+
+
+def test_others_run_after_each_piece_and_seldom_where_they_take_long(house, monkeypatch):
+    monkeypatch.setattr(serving_loop, "TURN_NBYTES", CHUNK_NBYTES)
+    others_take_s = [0.0]
+    let_through = []
+
+    def let_others_run():
+        let_through.append(len(house.order))
+        house.now_s += others_take_s[0]
+
+    monkeypatch.setattr(serving_loop, "_let_others_run", let_others_run)
+    house.add("slow")
+    house.add("fast")
+    house.ask("slow", 0)
+    house.ask("fast", 0)
+    house.turn()
+    house.turn()
+    assert let_through == list(range(1, len(house.order) + 1)), "after each piece"
+
+    others_take_s[0] = 0.002
+    house.turn()
+    del let_through[:]
+    house.turn()
+    assert not let_through, "they took long, and are let through again at once"
+    house.now_s += 32 * 0.002
+    house.turn()
+    assert len(let_through) == 1
