@@ -285,15 +285,22 @@ class Lending:
                 self._unmark(group, mask)
             self._num_reclaimed += nbytes // self.unit_nbytes
         try:
-            os.posix_fallocate(self.fd, start, nbytes)
+            self._refill(mapping, start, nbytes)
         except OSError as error:
             log.warning(
                 "%d bytes at %d get their pages when touched: %s", nbytes, start, error.strerror
             )
-            return True
-        if self.unit_nbytes > mmap.PAGESIZE:
-            collapse(mapping.address + start, nbytes)
         return True
+
+    def _refill(self, mapping: Mapping, start: int, nbytes: int) -> None:
+        """Makes pages again, as large as they were; raises OSError where there is no memory."""
+        if self.unit_nbytes > mmap.PAGESIZE:
+            # The kernel makes a huge page of one small page and a hole, for an eighth of what all small ones cost.
+            for unit in range(start, start + nbytes, self.unit_nbytes):
+                os.posix_fallocate(self.fd, unit, mmap.PAGESIZE)
+            if not collapse(mapping.address + start, nbytes):
+                return
+        os.posix_fallocate(self.fd, start, nbytes)
 
     def _drop(self, mapping: Mapping, start: int, nbytes: int) -> str:
         """Takes the pages out of the file; "" where they are, else what the kernel does."""

@@ -115,6 +115,7 @@ def test_part_of_a_huge_page_is_not_given_away_where_it_cannot_be_replaced() -> 
 def test_huge_pages_are_huge_again_afterwards() -> None:
     with sent(HUGE) as found:
         assert found.reclaim()
+        assert not found.pool[: found.nbytes].any()
         found.pool[:] = CANARY
         use = page_use(found.pool.ctypes.data)
         assert use is not None

@@ -169,6 +169,16 @@ def test_pages_exist_when_the_extent_is_given_away(fd: int, lending: Lending) ->
     assert os.fstat(fd).st_blocks == before
 
 
+def test_huge_pages_that_are_not_to_be_had_are_small_ones(
+    fd: int, lending: Lending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lending_module, "collapse", lambda address, nbytes: "no huge page is left")
+    lending.forsake(lending.lend([(0, 4 * UNIT)]))
+    before = os.fstat(fd).st_blocks
+    assert lending.reclaim(0, 4 * UNIT, refuse)
+    assert os.fstat(fd).st_blocks == before
+
+
 def test_page_that_stays_ends_the_lending_and_is_not_given_away(
     lending: Lending, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,7 +214,7 @@ def test_want_of_memory_is_said_and_is_no_refusal(
         raise OSError(12, "Cannot allocate memory")
 
     lending.forsake(lending.lend([(0, UNIT)]))
-    monkeypatch.setattr(lending_module.os, "posix_fallocate", no_memory)
+    monkeypatch.setattr(os, "posix_fallocate", no_memory)
     assert lending.reclaim(0, UNIT, refuse)
     assert "Cannot allocate memory" in caplog.text
     assert (lending.forsaken_nbytes, lending.num_reclaimed) == (0, 1)
@@ -336,7 +346,7 @@ def test_pages_that_were_set_aside_are_not_lent(
     class Status:
         f_bsize = ALIGN_NBYTES
 
-    monkeypatch.setattr(lending_probe.os, "fstatvfs", lambda fd: Status)
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: Status)
     assert "hugetlb" in why_not_lend(fd, unit_nbytes=PAGE, files=HostFiles(root=tmp_path))
 
 
