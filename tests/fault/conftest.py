@@ -24,12 +24,26 @@ def model(tmp_path_factory):
     )
 
 
+class RememberingMonolith:
+    """The model in one piece, which is not asked twice about the same answer to the same prompt."""
+
+    def __init__(self, model):
+        from snowskin.tools.cluster.monolith import Monolith
+
+        self._monolith = Monolith(model)
+        self._agreements = {}
+
+    def compare(self, prompt, token_ids, *, stopped):
+        asked = (tuple(prompt), tuple(token_ids), stopped)
+        if asked not in self._agreements:
+            self._agreements[asked] = self._monolith.compare(prompt, token_ids, stopped=stopped)
+        return self._agreements[asked]
+
+
 @pytest.fixture(scope="package")
 def monolith(model):
     """The reference for every answer."""
-    from snowskin.tools.cluster.monolith import Monolith
-
-    return Monolith(model)
+    return RememberingMonolith(model)
 
 
 @pytest.fixture(scope="package")
