@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -60,6 +62,10 @@ RAW = [
      b"transfer-encoding: chunked\r\n\r\nzz\r\n"),
 ]  # fmt: skip
 
+MISSING_A_MODEL = ("prefill", "decode", "conductor")
+TAKEN = list(itertools.product(("conductor", "prefill"), ("--port", "--http-port")))
+BEYOND_LOOPBACK = ("conductor", "prefill", "decode", "up")
+
 
 async def test_bad_requests_are_refused_by_name_and_leave_nothing(up, before, monolith, seeds):
     async with httpx.AsyncClient(
@@ -95,22 +101,27 @@ async def say_and_hang_up(address: str, data: bytes) -> None:
         await writer.wait_closed()
 
 
-# --- commands that cannot work
+# --- commands that cannot work: those of one process run two side by side
 
 
-def run(*arguments: str) -> tuple[int, str]:
+def run(*arguments: str, within_s: float = EXIT_S) -> tuple[int, str]:
     """The exit status and stderr of `snowskin ...`."""
     done = subprocess.run(
         [sys.executable, "-m", "snowskin.tools.cluster.main", *arguments],
         capture_output=True,
         text=True,
-        timeout=EXIT_S,
+        timeout=within_s,
         check=False,
     )
     return done.returncode, done.stderr
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def nowhere(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("nowhere") / "none")
+
+
+@pytest.fixture(scope="module")
 def taken_port():
     with socket.socket() as listener:
         listener.bind((HOST, 0))
@@ -118,7 +129,28 @@ def taken_port():
         yield str(listener.getsockname()[1])
 
 
-def assert_refused(status: int, stderr: str, *words: str) -> None:
+@pytest.fixture(scope="module")
+def said(model, nowhere, taken_port):
+    """Futures that are done: exit status and stderr of each command, by what is wrong with it and the role."""
+    own = {"conductor": (), "up": ()}
+    node = ("--node", f"unix:{nowhere}/door")
+    there = ("--model", str(model))
+    commands: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for role in MISSING_A_MODEL:
+        commands["model", role] = (role, "--model", nowhere, *own.get(role, node))
+    for role, flag in TAKEN:
+        commands["port", role, flag] = (role, *there, *own.get(role, node), flag, taken_port)
+    for role in BEYOND_LOOPBACK:
+        commands["host", role] = (role, *there, *own.get(role, node), "--host", "0.0.0.0")
+    commands["memory", "decode"] = ("decode", *there, *node, "--kv-memory-nbytes", "900TiB")
+    with ThreadPoolExecutor(max_workers=2) as pool:  # each has half of the machine
+        return {
+            what: pool.submit(run, *each, within_s=2 * EXIT_S) for what, each in commands.items()
+        }
+
+
+def assert_refused(result: tuple[int, str], *words: str) -> None:
+    status, stderr = result
     assert status == 2, stderr
     assert "Traceback" not in stderr
     last = stderr.splitlines()[-1]
@@ -126,40 +158,32 @@ def assert_refused(status: int, stderr: str, *words: str) -> None:
         assert word in last
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode", "conductor"])
-def test_a_missing_model_directory_is_exit_status_2(role, tmp_path):
-    where = str(tmp_path / "none")
-    node = () if role == "conductor" else ("--node", f"unix:{tmp_path}/door")
-    status, stderr = run(role, "--model", where, *node)
-    assert_refused(status, stderr, f"snowskin {role}: no model directory at {where}")
-    assert len(stderr.splitlines()) == 1
+@pytest.mark.parametrize("role", MISSING_A_MODEL)
+def test_a_missing_model_directory_is_exit_status_2(said, role, nowhere):
+    result = said["model", role].result()
+    assert_refused(result, f"snowskin {role}: no model directory at {nowhere}")
+    assert len(result[1].splitlines()) == 1
 
 
-@pytest.mark.parametrize("flag", ["--port", "--http-port"])
-@pytest.mark.parametrize("role", ["conductor", "prefill"])
-def test_a_port_that_is_taken_is_exit_status_2(role, flag, model, taken_port, tmp_path):
-    node = ("--node", f"unix:{tmp_path}/door") if role == "prefill" else ()
-    status, stderr = run(role, *node, "--model", str(model), flag, taken_port)
-    assert_refused(status, stderr, f"snowskin {role}: ", taken_port)
+@pytest.mark.parametrize(("role", "flag"), TAKEN)
+def test_a_port_that_is_taken_is_exit_status_2(said, role, flag, taken_port):
+    assert_refused(said["port", role, flag].result(), f"snowskin {role}: ", taken_port)
 
 
 def test_up_with_a_port_that_is_taken_is_exit_status_2(model, taken_port):
-    status, stderr = run("up", "--model", str(model), "--http-port", taken_port)
-    assert_refused(status, stderr, "snowskin conductor: ", taken_port, "is taken")
+    result = run("up", "--model", str(model), "--http-port", taken_port)
+    assert_refused(result, "snowskin conductor: ", taken_port, "is taken")
 
 
-@pytest.mark.parametrize("role", ["conductor", "prefill", "decode", "up"])
-def test_an_address_beyond_loopback_is_exit_status_2_unless_it_is_allowed(role, model):
-    node = ("--node", "unix:/x") if role in ("prefill", "decode") else ()
-    status, stderr = run(role, "--model", str(model), *node, "--host", "0.0.0.0")
-    assert_refused(status, stderr, "0.0.0.0", "loopback", "--insecure")
+@pytest.mark.parametrize("role", BEYOND_LOOPBACK)
+def test_an_address_beyond_loopback_is_exit_status_2_unless_it_is_allowed(said, role):
+    assert_refused(said["host", role].result(), "0.0.0.0", "loopback", "--insecure")
 
 
-def test_more_memory_than_there_is_is_exit_status_2(model):
-    status, stderr = run(
-        "decode", "--model", str(model), "--node", "unix:/x", "--kv-memory-nbytes", "900TiB"
+def test_more_memory_than_there_is_is_exit_status_2(said):
+    assert_refused(
+        said["memory", "decode"].result(), "snowskin decode: kv_memory_nbytes 900TiB", "lower"
     )
-    assert_refused(status, stderr, "snowskin decode: kv_memory_nbytes 900TiB", "lower")
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen[str], dict]:
