@@ -18,12 +18,20 @@ AFTER_MS = 30.0
 BACK_S = 10.0
 
 
+# By day each fault once and each way to the store once more than that; by night every fault by every way.
+BY_NIGHT = ("kill -9, gRPC", "SIGSTOP, local door")
+FAULTS = [
+    pytest.param(fault, marks=pytest.mark.soak if fault in BY_NIGHT else ())
+    for fault in reliability.FAULTS
+]
+
+
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     return reliability.small_model(str(tmp_path_factory.mktemp("reliability")))
 
 
-@pytest.mark.parametrize("fault", reliability.FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_it_costs_a_moment_then_nothing_and_is_used_again_by_itself(small_model, fault):
     cost = reliability.measure(small_model, fault, rounds=1, num=NUM_REQUESTS)
     usual_ms = statistics.median(cost.healthy_ms)
