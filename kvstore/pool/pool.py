@@ -15,7 +15,7 @@ from snowskin.kvstore.pool.allocator import ExtentAllocator
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MAX_PASSED_OVER = 256  # of one reservation; each costs some microseconds
+_MAX_PASSED_OVER = 32  # of one reservation, before it goes where nobody can stand in the way; each costs microseconds
 
 
 class Use(Enum):
@@ -147,12 +147,27 @@ class Pool:
         return None
 
     def _allocate(self, nbytes: int) -> int | None:
-        """The best fit among what may be written."""
+        """The best fit among what may be written; where that is long in coming, whole units of a larger hole."""
         while len(self._passed_over) < _MAX_PASSED_OVER:
             offset = self._allocator.allocate(nbytes)
             if offset is None or self._may_write(offset, nbytes):
                 return offset
-        return None
+        # One more, unless that was in vain already: then the kernel keeps pages, and each look at them costs.
+        return self._allocate_units(nbytes) if len(self._passed_over) == _MAX_PASSED_OVER else None
+
+    def _allocate_units(self, nbytes: int) -> int | None:
+        """Room from the beginning of a unit on, in a hole so large that nobody lives in the units of it."""
+        assert self._pages is not None, "who passes over asks them"
+        unit_nbytes = self._pages.unit_nbytes
+        room_nbytes = nbytes + 2 * unit_nbytes
+        offset = self._allocator.allocate(room_nbytes)
+        if offset is None:
+            return None
+        start, end = -(-offset // unit_nbytes) * unit_nbytes, offset + room_nbytes
+        if offset < start:
+            self._allocator.free(offset, start - offset)
+        self._allocator.free(start + nbytes, end - start - nbytes)
+        return start if self._may_write(start, nbytes) else None
 
     def _may_write(self, offset: int, nbytes: int) -> bool:
         """Whether an extent that was just allocated may be; else what stands in the way of it is passed over."""

@@ -188,6 +188,21 @@ def test_room_is_not_looked_for_without_end(monkeypatch):
     assert pool.free_nbytes == 16 * KIB
 
 
+def test_many_holes_that_cannot_be_had_do_not_hide_a_large_one_that_can(monkeypatch):
+    monkeypatch.setattr(pool_module, "_MAX_PASSED_OVER", 3)
+    pages = LentPages(16 * KIB, set())
+    pool = Pool(0, 256 * KIB, tenant="t", alignment=4 * KIB, pages=pages)
+    place(pool, 40, 4 * KIB)  # ten units; six are free behind them
+    for unit in range(10):
+        pool.free(unit * 16 * KIB + 4 * KIB, 4 * KIB, Use.RESERVED)
+    pages.lent = set(range(11))
+    assert place(pool, 1, 4 * KIB) == [(160 * KIB, 1)]
+    assert pages.lent == set(range(10))
+    assert place(pool, 15, 4 * KIB) == [(164 * KIB, 15)]
+    assert pool.free_nbytes == 72 * KIB
+    pool.check()
+
+
 def test_room_passed_over_counts_as_free_for_its_neighbour():
     class StuckOnce(LentPages):
         def reclaim(self, offset, nbytes, is_free) -> bool:
