@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TAIL_NAMESPACE = b""
 """Scope of the tails: no real namespace is empty. Its keys are request ids."""
 
+# Where room is long in coming, it is looked for after each further sixteenth of what went.
+_STEP_RATIO = 16
+
 ByteRange = tuple[int, int, int]
 """Pool, offset, number of bytes."""
 
@@ -111,7 +114,19 @@ class Residence:
             return None
         self.note_touches()
         chosen: list[tuple[BlockEntry, Standing[BlockId] | None]] = []
-        chosen_nbytes = 0
+        chosen_nbytes = evicted_nbytes = 0
+
+        def evict_and_place() -> list[tuple[int, int]] | None:
+            for victim, _ in chosen:
+                self._evict(victim)
+            chosen.clear()
+            return pool.place(
+                num_blocks,
+                block_nbytes,
+                near=near_offset,
+                max_extent_nbytes=self._max_extent_nbytes,
+            )
+
         for entry in self._victims(pool, unread):
             # Gone for the policy, so that it offers the prefix; the bytes go when there are enough.
             standing = None if entry.one_reader else self._eviction.on_remove(entry.id)
@@ -119,17 +134,15 @@ class Residence:
             chosen_nbytes += entry.segment.block_nbytes
             if pool.free_nbytes + chosen_nbytes < need_nbytes:
                 continue
-            for victim, _ in chosen:
-                self._evict(victim)
-            chosen, chosen_nbytes = [], 0
-            pieces = pool.place(
-                num_blocks,
-                block_nbytes,
-                near=near_offset,
-                max_extent_nbytes=self._max_extent_nbytes,
-            )
+            if chosen_nbytes * _STEP_RATIO < evicted_nbytes:
+                continue  # in vain so far: to look after each block would hold up everybody
+            pieces = evict_and_place()
             if pieces is not None:
                 return pieces
+            evicted_nbytes += chosen_nbytes
+            chosen_nbytes = 0
+        if chosen and pool.free_nbytes + chosen_nbytes >= need_nbytes:
+            return evict_and_place()
         for entry, standing in reversed(chosen):  # in vain: they stay, as old as they were
             if standing is not None:
                 self._eviction.on_restore(entry.id, standing)

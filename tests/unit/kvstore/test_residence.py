@@ -120,6 +120,40 @@ def test_room_that_cannot_be_made_costs_nothing(residence):
     check(residence, leased.segment)
 
 
+def test_where_evicting_makes_no_room_it_is_not_looked_for_after_every_block():
+    class AllOrNothing:
+        """Pages that are had anew only where nobody lives at all; all of them once they were asked for."""
+
+        unit_nbytes = 900 * BLOCK
+        num_refused = 0
+        is_lent = False
+
+        def reclaim(self, offset, nbytes, is_free) -> bool:
+            behind = offset + nbytes
+            others = [(0, offset), (behind, self.unit_nbytes - behind)]
+            if self.is_lent and not all(is_free(*other) for other in others if other[1]):
+                self.num_refused += 1
+                return False
+            self.is_lent = False
+            return True
+
+    pages = AllOrNothing()
+    pool = Pool(0, 900 * BLOCK, tenant="t", pages=pages)
+    residence = Residence([pool], LruEviction(), node_id="n", max_extent_nbytes=BLOCK)
+    scope = residence.index.open_scope("t", NAMESPACE, BLOCK)
+    for number in range(900):
+        (segment,) = residence.reserve("t", 1, BLOCK, near=None)
+        name = number.to_bytes(16, "big")
+        residence.commit(
+            scope, name, segment, segment.offset, b"", parent_key=b"", one_reader=False
+        )
+    pages.is_lent = True
+    assert residence.reserve("t", 1, BLOCK, near=None) is not None
+    assert pages.num_refused < 4000  # some thirty each time; after every block it would be 28,000
+    assert free_blocks(residence) == 899
+    assert residence.counters["blocks_evicted"] == 900
+
+
 def test_touched_run_leaves_last(residence):
     first = commit(residence, "abc")
     second = commit(residence, "xyz")
