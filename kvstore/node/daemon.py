@@ -27,7 +27,7 @@ from snowskin.kvstore.node.shell import NodeShell
 from snowskin.kvstore.node.state import NodeState
 from snowskin.kvstore.node.watching import WatchLimits
 from snowskin.kvstore.owned_folder import OwnedFolder
-from snowskin.kvstore.pool.arena import Arena, HugePages, LendPages
+from snowskin.kvstore.pool.arena import Arena, HugePages
 from snowskin.kvstore.pool.pool import Pool
 from snowskin.kvstore.role import Stop, announce_ready, tracer_of
 from snowskin.kvstore.rpc import serving
@@ -59,9 +59,6 @@ class NodeSettings(DataPlaneSettings):
     dram_nbytes: int = setting(1 << 30, help="Size of the DRAM pool.")
     huge_pages: HugePages = setting(
         "auto", help="Huge pages under the pool: where they can be had, never, or nothing else."
-    )
-    lend_pages: LendPages = setting(
-        "auto", help="The pool's pages to sockets, without a copy: where the host can, or never."
     )
     eviction: str = setting("lru", help="Who goes first when the pool is full.")
     read_lease_s: float = setting(10.0, help="Life of a read lease.")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from snowskin.kvstore.config import check_bind, setting
 from snowskin.kvstore.data_settings import DataSettings
 from snowskin.kvstore.errors import AddressInUse, BadSetting
+from snowskin.kvstore.pool.arena import LendPages  # noqa: TC001  settings look their types up
 from snowskin.kvstore.role import MAX_PORT
 from snowskin.kvstore.telemetry import get_logger
 from snowskin.transport.addresses import MAX_ADDRESSES, Address
@@ -52,6 +53,11 @@ class DataPlaneSettings(DataSettings):
         (),
         help="HOST or HOST:PORT under which other hosts reach the data plane, the best one first; "
         "as bound if none, and every NIC's address if bound everywhere.",
+    )
+    lend_pages: LendPages = setting(
+        "auto",
+        help="The pool's pages to sockets, without a copy: to readers that a hardware NIC leads to, "
+        "to those on this host as well (trusted), or never.",
     )
 
     def __post_init__(self) -> None:
@@ -121,6 +127,7 @@ def _open_tcp(settings: DataPlaneSettings, epoch: int) -> TcpTransport:
                 advertise=settings.advertised(read_host()),
                 epoch=epoch,
                 tls=settings.tls_files(),
+                lend_to_this_host=settings.lend_pages == "trusted",
             )
         )
     except TransportUnavailable as error:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from snowskin.transport.memory import Bytes
 
 HugePages = Literal["auto", "never", "always"]
-LendPages = Literal["auto", "never"]
+LendPages = Literal["auto", "trusted", "never"]
 
 _HUGE_NBYTES = ALIGN_NBYTES
 _MFD_HUGE_2MB = 21 << 26  # MFD_HUGE_2MB, which Python does not name everywhere
@@ -83,7 +83,7 @@ class Arena:
             tenant: the only tenant whose blocks may lie here.
             populate: fault the pages in, in a thread (`populated` waits for it).
             huge_pages: `auto` takes them where they can be had, `always` takes nothing else.
-            lend_pages: `auto` where this host lets go of pages that sockets refer to.
+            lend_pages: `auto` and `trusted` where this host lets go of pages that sockets refer to.
 
         Raises:
             BadSetting: less than one byte, more than the machine could ever hold, or huge pages
@@ -97,7 +97,7 @@ class Arena:
         self.name = name
         self.tenant = tenant
         self.lending: Lending | None = None
-        self.why_not_lent = "" if lend_pages == "auto" else "lend_pages is never"
+        self.why_not_lent = "lend_pages is never" if lend_pages == "never" else ""
         self._population: Population | None = None
         self._fd: int | None = _take_memfd(name, self.nbytes, huge_pages)
         try:

@@ -29,11 +29,13 @@ from snowskin.transport.errors import (
     RegionReadOnly,
     TransportUnavailable,
 )
+from snowskin.transport.frames import Data
 from snowskin.transport.loopback import LoopbackNetwork, LoopbackTransport
 from snowskin.transport.memory import region_of
 from snowskin.transport.runs import Run
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.tcp.transport import TcpTransport
+from tests.support.raw_tcp import RawReader, ask_of, reachable
 from tests.support.served_node import served_node
 from tests.support.store_drivers import keys_of, namespace_of, noise
 
@@ -501,3 +503,69 @@ async def test_room_that_is_given_back_while_one_sided_bytes_may_come_is_nobodys
         (pool,) = node.shell.stat().pools
         assert pool.quarantined_nbytes == 0
         assert pool.free_nbytes == pool.capacity_nbytes
+
+
+BIG_BLOCK, NUM_BIG = 256 << 10, 64
+
+
+class Trusting(Tcp):
+    """As a node that trusts the processes of its host: large pulls go by reference."""
+
+    def owner(self):
+        settings = TcpSettings(listen=(Address("127.0.0.1", 0),), lend_to_this_host=True)
+        return TcpTransport(settings)
+
+
+@pytest.mark.parametrize("huge_pages", ["never", "auto"])
+async def test_room_that_a_socket_still_refers_to_is_given_away_with_other_pages(huge_pages):
+    async with node_and_client(
+        Trusting(), dram_nbytes=NUM_BIG * BIG_BLOCK, lend_pages="trusted", huge_pages=huge_pages
+    ) as (node, client):
+        lending = node.shell.arenas[0].lending
+        if lending is None:
+            pytest.skip(f"NOT TESTED: NOTHING IS LENT HERE: {node.shell.arenas[0].why_not_lent}")
+
+        async def publish(seed):
+            data = noise(seed, NUM_BIG * BIG_BLOCK)
+            await client.publish(
+                namespace=NAMESPACE,
+                keys=keys_of(seed, NUM_BIG),
+                block_nbytes=BIG_BLOCK,
+                local=client.register(data),
+                local_offsets=range(0, data.nbytes, BIG_BLOCK),
+            )
+            return data
+
+        first = await publish(1)
+        target = np.zeros_like(first)
+        pulled = await client.pull(
+            namespace=NAMESPACE,
+            keys=keys_of(1, NUM_BIG),
+            block_nbytes=BIG_BLOCK,
+            local=client.register(target),
+            local_offsets=range(0, target.nbytes, BIG_BLOCK),
+        )
+        assert pulled.num_blocks == NUM_BIG
+        assert np.array_equal(target, first)
+
+        holder = Holder(client)
+        matched = await holder.match(1, NUM_BIG)
+        offset, nbytes = place(matched)
+        descriptor = described(matched.lease)
+        before = node.shell.arenas[0].buffer[offset : offset + nbytes].tobytes()
+        with RawReader(reachable(descriptor)) as reader:
+            reader.say(ask_of(descriptor, [(offset, nbytes)], wants_done=True))
+            async with asyncio.timeout(PULL_S):
+                while not lending.lent_nbytes:  # noqa: ASYNC110  the serving thread tells nobody
+                    await asyncio.sleep(0.01)
+            head = reader.hear()
+            await holder.call(ReleaseRequest(lease_ids=(matched.lease.id,)), matched.lease)
+            second = await publish(2)  # in all of the room
+            payload = reader.payload(head.nbytes)
+            while isinstance(head := reader.hear(), Data):
+                payload += reader.payload(head.nbytes)
+        assert payload
+        assert payload == before[: len(payload)]
+        assert lending.num_reclaimed
+        assert not lending.is_refused
+        assert node.shell.arenas[0].buffer.tobytes() == second.tobytes()

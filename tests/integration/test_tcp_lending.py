@@ -9,6 +9,7 @@ import socket
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from snowskin.kvstore.pool.arena import Arena
@@ -17,7 +18,7 @@ from snowskin.transport.frames import Done, Ping, Pong
 from snowskin.transport.lending import Lending
 from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import serving_loop
+from snowskin.transport.tcp import egress, serving_loop
 from snowskin.transport.tcp.connection import Connection
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.tcp.transport import TcpTransport
@@ -39,7 +40,9 @@ class Owned:
         self.fd = self.arena.open_read_write()
         self.lending = Lending(self.fd, NBYTES, unit_nbytes=mmap.PAGESIZE)
         self.transport = TcpTransport(
-            TcpSettings(**{"listen": (Address("127.0.0.1", 0),), **settings})
+            TcpSettings(
+                **{"listen": (Address("127.0.0.1", 0),), "lend_to_this_host": True, **settings}
+            )
         )
         self.region = self.transport.register(
             Lendable(memory=Memfd(fd=self.fd), lending=self.lending)
@@ -121,6 +124,43 @@ def test_who_does_not_say_that_it_will_say_done_gets_copies(owned, lent_nbytes):
     assert fail is None
     assert payload == owned.memory[:LARGE_NBYTES].tobytes()
     assert not lent_nbytes
+
+
+def test_readers_on_this_host_get_copies_unless_they_are_trusted(lent_nbytes):
+    with Owned(lend_to_this_host=False) as owned, owned.reader() as reader:
+        reader.say(ask_of(owned.descriptor, [(0, LARGE_NBYTES)], wants_done=True))
+        assert reader.transfer(LARGE_NBYTES)[1] is None
+        reader.say(Done(op=1, note=b""))
+    assert not lent_nbytes
+
+
+@pytest.mark.parametrize(
+    ("device", "bus", "leaves"),
+    [
+        ("eth0", "0000:00:03.0", True),
+        ("eth0", "virtio3", True),
+        ("veth17", "", False),
+        ("docker0", "N/A", False),
+        ("", "", False),
+    ],
+)
+def test_only_a_device_that_is_plugged_in_takes_packets_off_this_host(
+    monkeypatch, device, bus, leaves
+):
+    monkeypatch.setattr(egress, "_device_to", {"192.0.2.7": device}.__getitem__)
+    monkeypatch.setattr(egress, "_bus_of", {device: bus}.__getitem__)
+    assert egress.leaves_by_hardware("192.0.2.7") is leaves
+
+
+def test_what_is_sent_to_an_address_of_this_host_does_not_leave_it():
+    own = [
+        address.address.partition("%")[0]
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    ]
+    assert not any(map(egress.leaves_by_hardware, ["127.0.0.1", "::1", "127.8.8.8", *own]))
+    assert not any(map(egress.leaves_by_hardware, ["nonsense", "", "fe80::1%nowhere"]))
 
 
 def test_a_small_pull_is_copied(owned, lent_nbytes):

@@ -246,62 +246,6 @@ def test_a_batch_of_many_runs_is_several_requests_and_one_notice():
     assert heard[3] == Done(op=heard[2].op, note=b"thanks")
 
 
-DONE_FROM_NBYTES = 100_000
-ACKNOWLEDGED = {
-    "in one go": ([Run(0, 0, DONE_FROM_NBYTES)], {}, 0.0),
-    "standing still near its end": ([Run(0, 0, DONE_FROM_NBYTES)], {}, 2.5 * tcp_connection.WAIT_S),
-    "in two runs": ([Run(0, 0, 60_000), Run(70_000, 70_000, 60_000)], {}, 0.0),
-    "piece by piece": ([Run(0, 0, DONE_FROM_NBYTES)], {"landed": lambda *_: None}, 0.0),
-}
-
-
-@pytest.mark.parametrize(("runs", "values", "pause_s"), ACKNOWLEDGED.values(), ids=ACKNOWLEDGED)
-@pytest.mark.parametrize("on_loop", [False, True], ids=["on a thread", "on the loop"])
-def test_who_pulls_much_says_when_it_has_all_and_keeps_its_connection(
-    runs, values, pause_s, on_loop
-):
-    heard = []
-
-    def serve(stream):
-        ask = greeted(stream)
-        while ask is not None:
-            payload = b"".join(SOURCE[there : there + size].tobytes() for there, size in ask.ranges)
-            stream.say(Data(op=ask.op, nbytes=len(payload)))
-            stream.send(payload[:-100])
-            if pause_s and stream.is_over(pause_s):
-                break
-            stream.send(payload[-100:])
-            heard.append((ask.wants_done, ask.op, stream.hear()))
-            ask = next_ask(stream)
-
-    with RawOwner(serve) as owner, Rig(owner, done_from_nbytes=DONE_FROM_NBYTES) as rig:
-        for _ in range(2):
-            if on_loop:
-                asyncio.run(rig.pull_async(*runs, **values))
-            else:
-                rig.pull(*runs, **values)
-            assert rig.holds(*runs)
-        eventually(lambda: len(heard) == 2, WITHIN_S)
-        assert owner.num_connections == 1
-    assert [said for said, _, _ in heard] == [True, True]
-    assert [frame for _, _, frame in heard] == [Done(op=op, note=b"") for _, op, _ in heard]
-
-
-def test_who_pulls_little_announces_no_done():
-    asked = []
-
-    def serve(stream):
-        ask = greeted(stream)
-        while ask is not None:
-            asked.append(ask)
-            answer(stream, ask)
-            ask = next_ask(stream)
-
-    with RawOwner(serve) as owner, Rig(owner, done_from_nbytes=DONE_FROM_NBYTES) as rig:
-        rig.pull(Run(0, 0, DONE_FROM_NBYTES - 1))
-    assert [ask.wants_done for ask in asked] == [False]
-
-
 def test_runs_that_touch_are_asked_as_one_range():
     script = Script(lambda stream, asked: (asked.append(greeted(stream)), answer(stream, asked[0])))
     with RawOwner(script) as owner, Rig(owner) as rig:

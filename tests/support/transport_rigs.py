@@ -92,6 +92,7 @@ def _tcp(
         listen=(Address("127.0.0.1", 0),),
         send_buffer_nbytes=BUFFER_NBYTES,
         lend_from_nbytes=lend_from_nbytes,
+        lend_to_this_host=True,
     )
     there = TcpSettings(receive_buffer_nbytes=BUFFER_NBYTES, done_from_nbytes=lend_from_nbytes)
     reader = TcpTransport(there, now_s=now_s, inline_nbytes=INLINE_NBYTES)

@@ -20,6 +20,7 @@ from snowskin.transport.addresses import Address, Reachability
 from snowskin.transport.errors import PeerBusy, TransportUnavailable
 from snowskin.transport.frames import encode, fail_of
 from snowskin.transport.tcp.admission import RETRY_AFTER_S, Admission
+from snowskin.transport.tcp.egress import leaves_by_hardware
 from snowskin.transport.tcp.serving import ServedConnection
 from snowskin.transport.tcp.serving_loop import Link, ServingLoop
 from snowskin.transport.tcp.sockets import check_options, set_options, set_options_for_peer
@@ -137,7 +138,7 @@ class TcpOwner:
             self._ledger,
             peer=host,
             now_s=self._now_s(),
-            may_lend=self._tls is None,
+            may_lend=functools.partial(self._may_lend, host),
         )
         loop = next(self._next_loop)
         link = Link(stream, served, loop, holds_bytes=self._tls is not None)
@@ -154,6 +155,12 @@ class TcpOwner:
             self._dismiss(leaving, f"{host} needed the place of a connection that moved nothing")
         if not loop.call(functools.partial(loop.adopt, link)):
             stream.close()
+
+    def _may_lend(self, host: str) -> bool:
+        """Whether a peer may be sent pages by reference: with TLS there are none, and of `egress.py` is why."""
+        if self._tls is not None:
+            return False
+        return self._settings.lend_to_this_host or leaves_by_hardware(host)
 
     def _dismiss(self, link: Link, why: str) -> None:
         error = PeerBusy(why, hint="connect again", retry_after_s=RETRY_AFTER_S)

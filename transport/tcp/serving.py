@@ -50,7 +50,10 @@ from snowskin.transport.tcp.served_transfer import ServedTransfer
 from snowskin.transport.words import Completion
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from snowskin.transport.grants import Grant, GrantTable
+    from snowskin.transport.lending import Lending
     from snowskin.transport.tcp.settings import TcpSettings
 
 FAREWELL_S = 1.0  # how long a peer may take to hear why its connection ends
@@ -112,6 +115,7 @@ class ServedConnection:
         "_grants",
         "_heard_at_s",
         "_ledger",
+        "_lends",
         "_may_lend",
         "_name",
         "_partial",
@@ -135,9 +139,9 @@ class ServedConnection:
         *,
         peer: str,
         now_s: float,
-        may_lend: bool = False,
+        may_lend: Callable[[], bool] = bool,
     ) -> None:
-        """Just accepted; `may_lend` where the stream can take pages by reference (TLS cannot)."""
+        """Just accepted; `may_lend` is asked once, before anything is sent by reference."""
         self.peer = peer
         self.phase = _GREETING
         self.out = bytearray()
@@ -148,6 +152,7 @@ class ServedConnection:
         self._settings = settings
         self._ledger = ledger
         self._may_lend = may_lend
+        self._lends: bool | None = None
         self._name = ""
         self._since_s = now_s  # of this phase
         self._heard_at_s = now_s
@@ -373,9 +378,18 @@ class ServedConnection:
         )
         if ask.is_push:
             self.out += encode(Clear(op=ask.op))
-        elif ask.wants_done and self._may_lend and grant.region.lending is not None:
-            self.transfer.borrow(grant.region.lending, least_nbytes=self._settings.lend_from_nbytes)
+        elif ask.wants_done and grant.region.lending is not None:
+            self._borrow(self.transfer, grant.region.lending)
         self._enter(_RECEIVING if ask.is_push else _SENDING, now_s)
+
+    def _borrow(self, transfer: ServedTransfer, lending: Lending) -> None:
+        """Has the transfer sent by reference, where it is large and this peer may have pages."""
+        least_nbytes = self._settings.lend_from_nbytes
+        if transfer.nbytes >= least_nbytes:
+            if self._lends is None:
+                self._lends = self._may_lend()
+            if self._lends:
+                transfer.borrow(lending, least_nbytes=least_nbytes)
 
     def _complete(self, note: bytes, now_s: float, *, tells: bool) -> None:
         """All bytes of the transfer have moved."""

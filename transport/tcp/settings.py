@@ -85,6 +85,8 @@ class TcpSettings:
         max_ranges: of one PULL or PUSH.
         lend_from_nbytes: so much of one pull goes by reference or nothing, where memory was registered as `Lendable`
             and the reader says when it has all; less stays in the cache when it is copied.
+        lend_to_this_host: by reference also to readers whose packets do not leave this host by hardware. They could
+            keep hold of the pages, and see what is written there later: for processes that are trusted.
         hello_timeout_s: from connecting to the end of HELLO and WELCOME.
         idle_timeout_s: silence after which the owner closes an idle connection; 0 = never.
         frame_timeout_s: for the rest of a frame that has begun, and for payload to move on.
@@ -118,6 +120,7 @@ class TcpSettings:
     chunk_nbytes: int = 2 << 20
     max_ranges: int = MAX_RANGES
     lend_from_nbytes: int = 8 << 20
+    lend_to_this_host: bool = False
     hello_timeout_s: float = 2.0
     idle_timeout_s: float = 5.0
     frame_timeout_s: float = 3.0
@@ -157,6 +160,8 @@ class TcpSettings:
         }
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
             if isinstance(value, (int, float)) and not (
                 value > 0 or (value == 0 and field.name in may_be_zero)
             ):

@@ -76,7 +76,7 @@ def run(options: BenchOptions) -> Report:
         bench="transfer",
         host=host_facts(),
         rows=(*rows, *more_rows),
-        notes=(*peers.told(missing), *more_notes),
+        notes=(*peers.told(missing), sizes.NOTE, *more_notes),
     )
 
 
