@@ -192,6 +192,7 @@ async def test_a_client_that_hangs_up_frees_everything(up, monolith, before, see
     await assert_well(up, monolith, before, seeds)
 
 
+@pytest.mark.soak  # by day each by itself is above, and both at once in test_random_kills.py (seed 8)
 async def test_requests_under_way_survive_whoever_dies(up, monolith, before, seeds):
     """Four at once; prefill and decode are killed while they are spread over both."""
     num_tokens = 60
