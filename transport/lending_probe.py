@@ -39,27 +39,17 @@ _PINNING = {
     "a driver for other processes' memory": ("/dev/xpmem", "/dev/knem"),
 }
 _OLD, _NEW = 0x5A, 0xA5
-_SMALL_FOLIOS = ("never", "deny", "advise", "inherit")
-_SHMEM = "/sys/kernel/mm/transparent_hugepage"
+_HUGE_NBYTES = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
 
-def unit_nbytes(*, may_be_huge: bool, files: HostFiles | None = None) -> int:
-    """The largest folio that can lie in a memfd of this host.
+def unit_nbytes(*, files: HostFiles | None = None) -> int:
+    """The largest folio that can lie in a memfd of this host: whoever maps one may make huge pages (MADV_COLLAPSE).
 
     Args:
-        may_be_huge: whether anybody asked for huge pages in it; else the kernel's own settings decide.
-        files: where to read them.
+        files: where to read it.
     """
-    files = files or HostFiles()
-    settings = [files.text(f"{_SHMEM}/shmem_enabled")]
-    settings += [
-        files.text(f"{_SHMEM}/{name}/shmem_enabled")
-        for name in files.names(_SHMEM)
-        if name.startswith("hugepages-")
-    ]
-    if not may_be_huge and all(_is_small(text) for text in settings):
-        return mmap.PAGESIZE
-    return max(ALIGN_NBYTES, files.number(f"{_SHMEM}/hpage_pmd_size") or 0)
+    huge_nbytes = (files or HostFiles()).number(_HUGE_NBYTES)
+    return max(ALIGN_NBYTES, huge_nbytes) if huge_nbytes else mmap.PAGESIZE
 
 
 def why_not_lend(fd: int, *, unit_nbytes: int, files: HostFiles | None = None) -> str:
@@ -119,8 +109,3 @@ def _is_there(files: HostFiles, name: str) -> bool:
     """A file, or a folder that is not empty; a module's folder always has something."""
     path = files.path(name)
     return bool(files.names(name)) if path.is_dir() else path.exists()
-
-
-def _is_small(text: str) -> bool:
-    """Of `always [never]`, whether what stands in brackets makes no huge pages unasked."""
-    return not text or any(f"[{word}]" in text for word in _SMALL_FOLIOS)

@@ -104,7 +104,7 @@ class Arena:
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping: Mapping | None = Mapping(self._fd, self.nbytes, writable=True)
             self._settle_pages(self._mapping, huge_pages)
-            self._open_lending(self._fd, huge_pages)
+            self._open_lending(self._fd)
         except BaseException:
             self._mapping = None
             os.close(self._fd)
@@ -181,11 +181,11 @@ class Arena:
                 hint=f"set {self.nbytes // _HUGE_NBYTES} aside (vm.nr_hugepages), or huge_pages = auto",
             )
 
-    def _open_lending(self, fd: int, huge_pages: HugePages) -> None:
+    def _open_lending(self, fd: int) -> None:
         """Where it was asked for, and this host lets pages go."""
         if self.why_not_lent:
             return
-        unit = unit_nbytes(may_be_huge=huge_pages != "never")
+        unit = unit_nbytes()
         self.why_not_lent = why_not_lend(fd, unit_nbytes=unit)
         if not self.why_not_lent:
             self.lending = Lending(fd, self.nbytes, unit_nbytes=unit)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from snowskin.transport.lending import Lending
-from snowskin.transport.lending_probe import unit_nbytes
 from snowskin.transport.mapping import ALIGN_NBYTES, Mapping
 from snowskin.transport.pages import collapse, keep_small, page_use
 
@@ -60,7 +59,8 @@ def sent(page_nbytes: int) -> Iterator[Sent]:
         mapping = Mapping(fd, NBYTES, writable=True)
         if page_nbytes == mmap.PAGESIZE:
             keep_small(mapping.address, NBYTES)
-            if unit_nbytes(may_be_huge=False) > page_nbytes:
+            use = page_use(mapping.address)
+            if use is not None and use.huge_nbytes:
                 pytest.skip("this host makes large pages of every shared memory")
         elif reason := collapse(mapping.address, NBYTES):
             pytest.skip(f"this host makes no huge pages (MADV_COLLAPSE): {reason}")

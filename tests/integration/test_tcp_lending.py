@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import socket
+import threading
 import time
 
 import numpy as np
@@ -14,12 +15,13 @@ import pytest
 
 from snowskin.kvstore.pool.arena import Arena
 from snowskin.transport.addresses import Address
-from snowskin.transport.frames import Done, Ping, Pong
+from snowskin.transport.frames import HEAD_NBYTES, Done, Ping, Pong
 from snowskin.transport.lending import Lending
 from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.runs import Run
 from snowskin.transport.tcp import egress, serving_loop
 from snowskin.transport.tcp.connection import Connection
+from snowskin.transport.tcp.serving import Phase
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.raw_tcp import RawReader, ask_of, reachable
@@ -214,6 +216,55 @@ def test_a_reader_that_lets_it_lie_gets_what_it_was_granted_and_never_what_came_
         assert payload == before[: len(payload)]
         assert owned.memory.min() == CANARY
         assert not owned.lending.forsaken_nbytes
+
+
+def test_who_says_done_before_it_has_all_is_not_believed(lent_nbytes):
+    with Owned(send_buffer_nbytes=2 << 20) as owned, owned.reader() as reader:
+        reader.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 << 10)
+        reader.say(ask_of(owned.descriptor, [(0, LARGE_NBYTES)], wants_done=True))
+        payload = b""
+        while not all_is_with_the_kernel(owned):
+            payload += reader.socket.recv(64 << 10)
+        before = owned.memory[:LARGE_NBYTES].tobytes()
+        reader.say(Done(op=1, note=b""))
+        eventually(lambda: not owned.lending.lent_nbytes, PATIENCE_S, "it was heard")
+        assert owned.lending.forsaken_nbytes == LARGE_NBYTES
+        owned.transport.revoke(owned.descriptor)
+        assert owned.lending.reclaim(0, NBYTES, lambda offset, nbytes: True)
+        owned.memory[:] = CANARY
+        num_frames = -(-LARGE_NBYTES // TcpSettings().chunk_nbytes)
+        while len(payload) < LARGE_NBYTES + num_frames * HEAD_NBYTES:
+            payload += reader.socket.recv(1 << 20)
+    frame_nbytes = HEAD_NBYTES + TcpSettings().chunk_nbytes
+    assert before == b"".join(
+        payload[at + HEAD_NBYTES : at + frame_nbytes] for at in range(0, len(payload), frame_nbytes)
+    )
+
+
+def all_is_with_the_kernel(owned):
+    """Whether the owner waits for DONE alone; each look takes a while, so that it moves on meanwhile."""
+    looked = threading.Event()
+    phases = []
+    (loop,) = owned.transport._owner._loops
+    loop.call(
+        lambda: (phases.extend(link.served.phase for link in loop._links.values()), looked.set())
+    )
+    assert looked.wait(PATIENCE_S)
+    return Phase.AWAITING_DONE in phases
+
+
+def test_who_drains_for_ever_is_waited_for_until_its_own_deadline(owned):
+    with owned.reader() as reader:
+        reader.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 << 10)
+        reader.say(ask_of(owned.descriptor, [(0, LARGE_NBYTES)], wants_done=True, timeout_ms=1000))
+        began_s = time.monotonic()
+        while not all_is_with_the_kernel(owned):
+            reader.socket.recv(256 << 10)
+        while owned.lending.lent_nbytes:  # a little all the time
+            assert time.monotonic() < began_s + 3.0, "it is held for as long as it likes"
+            reader.socket.recv(4096)
+            time.sleep(0.02)
+    assert owned.lending.reclaim(0, NBYTES, lambda offset, nbytes: True)
 
 
 def test_who_drains_slowly_is_waited_for_and_who_stands_still_is_not(owned):

@@ -294,7 +294,9 @@ def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None
                 raise PeerLost(f"{connection.peer} has ended the connection before the note")
             yield from connection.send_all([encode(Done(op=connection.last_op, note=note))])
         elif acknowledges and not connection.acknowledge(connection.last_op):
-            continue  # all bytes are here; only the connection is no good any more
+            if is_last:
+                return  # all bytes are here; only the connection is no good any more
+            raise PeerLost(f"{connection.peer} has ended the connection between two requests")
         connection.is_reusable = not connection.num_ahead
 
 

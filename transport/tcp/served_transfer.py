@@ -104,6 +104,7 @@ class ServedTransfer:
         "_head_view",
         "_is_lent",
         "_num_head",
+        "_parts",
         "ask",
         "deadline_s",
         "frame_left",
@@ -132,6 +133,7 @@ class ServedTransfer:
         self.lending: Lending | None = None
         self.loan: Loan | None = None
         self._is_lent: list[bool] = []
+        self._parts: list[tuple[int, int]] = []
 
     @property
     def left(self) -> int:
@@ -167,7 +169,7 @@ class ServedTransfer:
         loan = lending.lend(wanted)
         if loan.ranges:
             self.lending, self.loan = lending, loan
-            self._is_lent = is_lent
+            self._is_lent, self._parts = is_lent, parts
             self._cursor = Cursor(parts, self.nbytes)
 
     def outgoing(self, memory: memoryview) -> list[memoryview]:
@@ -178,11 +180,22 @@ class ServedTransfer:
             self._num_head = 0
         nbytes = self.frame_left
         if self.loan is not None:
-            nbytes = 0 if self._is_lent[self._cursor.index] else min(nbytes, self._cursor.rest()[1])
+            nbytes = min(nbytes, self._copied_nbytes(nbytes))
         views = self._cursor.views(memory, nbytes) if nbytes else []
         if self._num_head < HEAD_NBYTES:
             views.insert(0, self._head_view[self._num_head :])
         return views
+
+    def _copied_nbytes(self, most: int) -> int:
+        """Bytes up to the next part that is lent, at most about `most`."""
+        index = self._cursor.index
+        if self._is_lent[index]:
+            return 0
+        nbytes = self._cursor.rest()[1]
+        while nbytes < most and index + 1 < len(self._is_lent) and not self._is_lent[index + 1]:
+            index += 1
+            nbytes += self._parts[index][1]
+        return nbytes
 
     def settle(self) -> None:
         """The reader has said that it has all bytes."""

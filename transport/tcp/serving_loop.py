@@ -53,9 +53,8 @@ MAX_EVENTS = 256
 _SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see serving.py
 _AWAITING_DONE, _LEAVING, _OVER = Phase.AWAITING_DONE, Phase.LEAVING, Phase.OVER
 CLOSE_S = 10.0
-LOOK_S = (
-    50e-6  # how long it looks for the next request before it sleeps, where readers ask back to back
-)
+# How long it looks for the next request before it sleeps, where readers ask back to back.
+LOOK_S = 50e-6
 BACK_TO_BACK_S = 80e-6  # such a request is there within this time, being woken included
 PAUSE_S = 0.05  # after a failure of the loop itself
 LONG_S = 1e-3  # a thread of ours that was let through needs less
@@ -412,9 +411,22 @@ class ServingLoop:
             if not nbytes:
                 served.lose(now_s)
                 return
+            self._doubt(link)
             served.receive(self._heard_view[:nbytes], now_s)
             if not link.holds_bytes or served.transfer is not None:
                 return
+
+    def _doubt(self, link: Link) -> None:
+        """Whoever says DONE before its host has acknowledged every byte does not get its loan settled for that."""
+        transfer = link.served.transfer
+        if (
+            link.served.phase is _AWAITING_DONE
+            and transfer is not None
+            and transfer.loan is not None
+        ):
+            link.drains()
+            if link.unsent_nbytes:
+                transfer.forsake()
 
     def _move(self, link: Link) -> int:
         """Moves one piece of a transfer; its bytes."""
@@ -523,7 +535,11 @@ class ServingLoop:
                 transfer = who.served.transfer
                 if transfer is not None and (
                     who.queued  # it waits for its turn, and not for its peer
-                    or (who.served.phase is _AWAITING_DONE and who.drains())
+                    or (
+                        who.served.phase is _AWAITING_DONE
+                        and now_s < transfer.deadline_s
+                        and who.drains()
+                    )
                 ):
                     transfer.moved_at_s = now_s
                 who.served.on_due(now_s)

@@ -12,7 +12,7 @@ import pytest
 
 from snowskin.kvstore.errors import BadSetting, PoolExhausted
 from snowskin.kvstore.pool import arena as arena_module
-from snowskin.kvstore.pool.arena import Arena, available_nbytes
+from snowskin.kvstore.pool.arena import Arena, HugePages, available_nbytes
 from snowskin.transport.errors import TransportClosed
 from snowskin.transport.mapping import ALIGN_NBYTES, map_memfd
 from snowskin.transport.pages import page_use
@@ -191,14 +191,15 @@ def test_pages_are_lent_only_where_it_was_asked_for_and_go_with_the_arena() -> N
     assert num_mappings("lent") == 0
 
 
-def test_small_pages_are_lent_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("huge_pages", ["never", "auto"])
+def test_pages_are_lent_by_what_anybody_could_make_of_them(
+    huge_pages: HugePages, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(arena_module, "why_not_lend", lambda fd, *, unit_nbytes: "")
-    monkeypatch.setattr(
-        arena_module, "unit_nbytes", lambda *, may_be_huge: HUGE if may_be_huge else PAGE
-    )
-    with Arena(HUGE, name="a", tenant="t", huge_pages="never", lend_pages="auto") as arena:
+    monkeypatch.setattr(arena_module, "unit_nbytes", lambda: HUGE)
+    with Arena(HUGE, name="a", tenant="t", huge_pages=huge_pages, lend_pages="auto") as arena:
         assert arena.lending is not None
-        assert arena.lending.unit_nbytes == PAGE
+        assert arena.lending.unit_nbytes == HUGE
 
 
 def test_host_that_must_not_lend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,21 +350,12 @@ def test_pages_that_were_set_aside_are_not_lent(
     assert "hugetlb" in why_not_lend(fd, unit_nbytes=PAGE, files=HostFiles(root=tmp_path))
 
 
-def test_unit_is_the_largest_folio_that_the_kernel_may_make(tmp_path: Path) -> None:
+def test_unit_is_the_largest_folio_that_anybody_may_make(tmp_path: Path) -> None:
     files = HostFiles(root=tmp_path)
+    assert unit_nbytes(files=files) == PAGE, "a kernel without huge pages"
     folder = tmp_path / "sys/kernel/mm/transparent_hugepage"
-    (folder / "hugepages-64kB").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "hpage_pmd_size").write_text("33554432\n")
-    of_one, of_all = folder / "hugepages-64kB/shmem_enabled", folder / "shmem_enabled"
-    of_all.write_text("always within_size advise [never] deny force\n")
-    of_one.write_text("always [inherit] within_size advise never\n")
-    assert unit_nbytes(may_be_huge=False, files=files) == PAGE
-    assert unit_nbytes(may_be_huge=True, files=files) == 32 << 20
-    of_one.write_text("[always] inherit within_size advise never\n")
-    assert unit_nbytes(may_be_huge=False, files=files) == 32 << 20
-    of_one.write_text("always inherit within_size advise [never]\n")
-    of_all.write_text("always [within_size] advise never deny force\n")
-    assert unit_nbytes(may_be_huge=False, files=files) == 32 << 20
-    bare = HostFiles(root=tmp_path / "nothing")
-    assert unit_nbytes(may_be_huge=False, files=bare) == PAGE
-    assert unit_nbytes(may_be_huge=True, files=bare) == ALIGN_NBYTES
+    assert unit_nbytes(files=files) == 32 << 20
+    (folder / "hpage_pmd_size").write_text("65536\n")
+    assert unit_nbytes(files=files) == ALIGN_NBYTES

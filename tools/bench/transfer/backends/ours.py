@@ -53,7 +53,7 @@ class TransportOwner:
         self._transport = opened(options)
         memory: object = Memfd(fd=pool.fd)
         self._lending: Lending | None = None
-        unit = unit_nbytes(may_be_huge=False)
+        unit = unit_nbytes()
         if options["scheme"] == LENT_BY and not why_not_lend(pool.fd, unit_nbytes=unit):
             self._lending = Lending(pool.fd, pool.bytes.nbytes, unit_nbytes=unit)
             memory = Lendable(memory=memory, lending=self._lending)
