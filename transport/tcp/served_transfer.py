@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from snowskin.transport.lending import Lending, Loan
 
 MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
+COPIED_NBYTES = (
+    2 << 20
+)  # at once, and of one frame: then it is looked again whose turn it is, and at the grant
+LENT_NBYTES = 4 << 20  # the same, but of larger frames: a head between two costs more than the look
 LEAST_RANGE_RATIO = 1 / 32  # of the least loan: sendfile takes one range a call, sendmsg a thousand
 
 _HEAD = struct.Struct(">BBHIQ")
@@ -175,10 +179,11 @@ class ServedTransfer:
     def outgoing(self, memory: memoryview) -> list[memoryview]:
         """What to send next, to be copied: at most the rest of one frame; empty where `lent` says what."""
         if not self.frame_left:
-            self.frame_left = min(self._chunk_nbytes, self._cursor.left)
+            most = self._chunk_nbytes if self.loan else min(self._chunk_nbytes, COPIED_NBYTES)
+            self.frame_left = min(most, self._cursor.left)
             _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
             self._num_head = 0
-        nbytes = self.frame_left
+        nbytes = min(self.frame_left, COPIED_NBYTES)
         if self.loan is not None:
             nbytes = min(nbytes, self._copied_nbytes(nbytes))
         views = self._cursor.views(memory, nbytes) if nbytes else []
@@ -212,7 +217,7 @@ class ServedTransfer:
         if self.loan is None or not self._is_lent[self._cursor.index]:
             return 0, 0
         offset, nbytes = self._cursor.rest()
-        return offset, min(nbytes, self.frame_left)
+        return offset, min(nbytes, self.frame_left, LENT_NBYTES)
 
     def sent(self, nbytes: int) -> bool:
         """So many bytes of `outgoing` are with the kernel; whether that was the last one."""

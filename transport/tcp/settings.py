@@ -81,7 +81,7 @@ class TcpSettings:
         max_connections: open at once on the owner's side.
         max_connections_per_peer: of them from one address.
         num_serving_threads: over which the connections are dealt.
-        chunk_nbytes: of one DATA frame.
+        chunk_nbytes: of one DATA frame at most; what is copied goes in smaller ones.
         max_ranges: of one PULL or PUSH.
         lend_from_nbytes: so much of one pull goes by reference or nothing, where memory was registered as `Lendable`
             and the reader says when it has all; less stays in the cache when it is copied.
@@ -117,7 +117,7 @@ class TcpSettings:
     max_connections: int = 1024
     max_connections_per_peer: int = 256
     num_serving_threads: int = 1
-    chunk_nbytes: int = 2 << 20
+    chunk_nbytes: int = 16 << 20
     max_ranges: int = MAX_RANGES
     lend_from_nbytes: int = 8 << 20
     lend_to_this_host: bool = False
