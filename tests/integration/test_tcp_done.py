@@ -11,6 +11,7 @@ import pytest
 
 from snowskin.transport.frames import Data, Done
 from snowskin.transport.runs import Run
+from snowskin.transport.tcp import connection
 from snowskin.transport.tcp.connection import WAIT_S
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.tcp.transport import TcpTransport
@@ -72,7 +73,6 @@ LARGE = {
     "in one go": ([Run(0, 0, DONE_FROM_NBYTES)], {}, 0.0),
     "standing still near its end": ([Run(0, 0, DONE_FROM_NBYTES)], {}, 2.5 * WAIT_S),
     "in two runs": ([Run(0, 0, 60_000), Run(70_000, 70_000, 60_000)], {}, 0.0),
-    "piece by piece": ([Run(0, 0, DONE_FROM_NBYTES)], {"landed": lambda *_: None}, 0.0),
 }
 
 
@@ -95,3 +95,14 @@ def test_who_pulls_little_announces_no_done():
     with RawOwner(answers) as owner, pulls_from(owner) as pull:
         pull([Run(0, 0, DONE_FROM_NBYTES - 1)])
     assert [ask.wants_done for ask in answers.asked] == [False]
+
+
+@pytest.mark.parametrize("is_near", [False, True])
+def test_whose_pieces_are_looked_at_announces_done_to_other_hosts_alone(is_near, monkeypatch):
+    monkeypatch.setattr(connection, "is_on_this_host", lambda stream: is_near)
+    answers = Answers()
+    with RawOwner(answers) as owner, pulls_from(owner) as pull:
+        pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None)
+        pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None, on_loop=True)
+        eventually(lambda: len(answers.heard) == (0 if is_near else 2), WITHIN_S)
+    assert [ask.wants_done for ask in answers.asked] == [not is_near] * 2

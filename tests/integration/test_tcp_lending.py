@@ -19,7 +19,7 @@ from snowskin.transport.frames import HEAD_NBYTES, Done, Ping, Pong
 from snowskin.transport.lending import Lending
 from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import egress, serving_loop
+from snowskin.transport.tcp import connection, egress, serving_loop
 from snowskin.transport.tcp.connection import Connection
 from snowskin.transport.tcp.serving import Phase
 from snowskin.transport.tcp.settings import TcpSettings
@@ -101,7 +101,10 @@ RUNS = {
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("is_looked_at", [False, True], ids=["", "piece by piece"])
-def test_what_goes_by_reference_is_what_was_asked_for(owned, lent_nbytes, runs, is_looked_at):
+def test_what_goes_by_reference_is_what_was_asked_for(
+    owned, lent_nbytes, runs, is_looked_at, monkeypatch
+):
+    monkeypatch.setattr(connection, "is_on_this_host", lambda stream: False)
     target = np.zeros(NBYTES, np.uint8)
     with contextlib.closing(TcpTransport()) as reader, reader.register(target) as local:
         remote = reader.attach(owned.descriptor)
@@ -178,12 +181,12 @@ def test_with_tls_everything_is_copied_whatever_a_reader_announces(
 ):
     greet = Connection.greet
 
-    def greet_and_announce(connection, settings):
-        yield from greet(connection, settings)
-        connection.done_from_nbytes = 1
+    def greet_and_announce(self, settings):
+        yield from greet(self, settings)
+        self.done_from_nbytes = 1
 
     monkeypatch.setattr(Connection, "greet", greet_and_announce)
-    monkeypatch.setattr(Connection, "acknowledge", lambda connection, op: False)
+    monkeypatch.setattr(Connection, "acknowledge", lambda self, op: False)
     authority = Authority(tmp_path)
     tls = authority.sign("both")
     target = np.zeros(LARGE_NBYTES, np.uint8)

@@ -43,6 +43,7 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
 )
+from snowskin.transport.tcp.sockets import is_on_this_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,6 +98,7 @@ class Connection:
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
         done_from_nbytes: a pull of so much ends with DONE, note or not.
+        is_near: the owner is on this host.
         has_asked: `swap` or `ask` sent its request.
         frame_left_nbytes: of a DATA that was begun, for who goes on with it.
         is_pushing: the owner may be landing what was sent on it.
@@ -126,6 +128,7 @@ class Connection:
         "heartbeat_s",
         "hung_up",
         "idle_since_s",
+        "is_near",
         "is_pushing",
         "is_reusable",
         "is_tls",
@@ -158,6 +161,7 @@ class Connection:
         self._start = self._end = 0  # of what lies in the scratch and was not taken
         self.frame_left_nbytes = 0
         self.done_from_nbytes = math.inf
+        self.is_near = False
         self._op = 0
         self._num_in_vain = self._num_sleeps = 0
         self._spin_s = spin_s
@@ -249,6 +253,11 @@ class Connection:
                 raise
         return got_nbytes
 
+    def nap(self, asked_nbytes: int) -> None:
+        """After a request: looks for the answer to a large one a little later, as `receive_whole` does."""
+        if asked_nbytes >= _NAP_FROM_NBYTES and not self._polling:
+            time.sleep(_NAP_S)
+
     def swap(self, request: bytes, answer_head: bytes, nbytes: int) -> memoryview | None:
         """Sends a short request, and takes its answer where that is one frame of `nbytes` behind `answer_head`.
 
@@ -292,8 +301,7 @@ class Connection:
         self.has_asked = True
         if self._polling:
             return 0
-        if most_nbytes >= _NAP_FROM_NBYTES:
-            time.sleep(_NAP_S)  # as in `receive_whole`
+        self.nap(most_nbytes)
         return self.next_frame(op, most_nbytes)
 
     def acknowledge(self, op: int) -> bool:
@@ -497,6 +505,7 @@ class Connection:
         """HELLO and WELCOME."""
         if not self.is_tls:  # which copies everything anyway
             self.done_from_nbytes = settings.done_from_nbytes
+        self.is_near = is_on_this_host(self._socket)
         hello = Hello(
             min_version=WIRE_VERSION,
             max_version=WIRE_VERSION,

@@ -39,10 +39,14 @@ def set_options(stream: socket.socket, settings: TcpSettings) -> None:
 
 def set_options_for_peer(stream: socket.socket, settings: TcpSettings) -> None:
     """What depends on where the peer is; for a connected socket, on the side that sends the payload."""
-    if settings.local_congestion_control:
-        here, there = stream.getsockname()[0], stream.getpeername()[0]
-        if here == there or there.startswith("127."):
-            _choose(stream, settings.local_congestion_control)
+    if settings.local_congestion_control and is_on_this_host(stream):
+        _choose(stream, settings.local_congestion_control)
+
+
+def is_on_this_host(stream: socket.socket) -> bool:
+    """Whether a connected socket's peer surely is; False for one in another network namespace of this host."""
+    here, there = stream.getsockname()[0], stream.getpeername()[0]
+    return bool(here == there or there.startswith("127."))
 
 
 def check_options(settings: TcpSettings) -> None:
