@@ -104,7 +104,7 @@ class Lending:
         self._loans: dict[Loan, tuple[int, ...]] = {}
         self._lent_nbytes = 0
         self._num_forsaken = 0
-        self._num_reclaimed = 0
+        self._num_reclaimed = self._num_settled = 0
         self._is_refused = False
         self._mapping: Mapping | None = Mapping(fd, nbytes, writable=False)  # never touched
         if unit_nbytes > mmap.PAGESIZE:
@@ -125,6 +125,11 @@ class Lending:
     def num_reclaimed(self) -> int:
         """Units whose pages were replaced, since the beginning."""
         return self._num_reclaimed
+
+    @property
+    def num_settled(self) -> int:
+        """Loans that were settled, since the beginning: what was in the way of a reservation may be no more."""
+        return self._num_settled
 
     @property
     def is_refused(self) -> bool:
@@ -163,6 +168,7 @@ class Lending:
     def settle(self, loan: Loan) -> None:
         """Its reader has copied all of it: nothing refers to its pages. Idempotent."""
         with self._lock:
+            self._num_settled += loan in self._loans
             self._end(loan)
 
     def forsake(self, loan: Loan) -> None:

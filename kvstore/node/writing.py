@@ -164,7 +164,7 @@ class Writing:
             tenant=session.tenant,
         )
         if is_first:
-            call.tried_at = self._residence.pool_of(session.tenant).num_gains
+            call.tried_at = self._residence.pool_of(session.tenant).num_chances
             self.unread.note_long(now_s)  # from now on each in its time, by `on_time`
         self.waiting.add(call)
         return []
@@ -174,7 +174,7 @@ class Writing:
         effects: list[Effect] = []
         for tenant in self.waiting.tenants():
             pool = self._residence.pool_of(tenant)
-            while (call := self._whose_turn(tenant)) and call.tried_at != pool.num_gains:
+            while (call := self._whose_turn(tenant)) and call.tried_at != pool.num_chances:
                 session = self._session_of(call)
                 assert isinstance(call.request, ReserveRequest)
                 try:
@@ -184,7 +184,7 @@ class Writing:
                     effects.append(Fail(call.session_id, call.call_id, error))
                     continue
                 if reserved is None:
-                    call.tried_at = pool.num_gains
+                    call.tried_at = pool.num_chances
                     break
                 self.waiting.serve(call)
                 effects.append(Reply(call.session_id, call.call_id, reserved))

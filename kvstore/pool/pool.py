@@ -34,6 +34,11 @@ class Pages(Protocol):
         """What is had anew as a whole; offsets of units are its multiples."""
         ...
 
+    @property
+    def num_settled(self) -> int:
+        """Moves on when pages came free that stood in the way of extents."""
+        ...
+
     def reclaim(self, offset: int, nbytes: int, is_free: Callable[[int, int], bool]) -> bool:
         """Makes an extent safe to write; False, and nothing changed, where it cannot be."""
         ...
@@ -60,7 +65,7 @@ class Pool:
         # Bytes of segments under a lease; kept by the node, which counts leases.
         self.leased_nbytes = 0
         # How often anything happened by which a reservation that did not fit may be answered now: bytes came free,
-        # became evictable, were committed, or went into quarantine. While it stands still, trying again is in vain.
+        # became evictable, were committed, or went into quarantine; see `num_chances`.
         self.num_gains = 0
         self._allocator = ExtentAllocator(capacity_nbytes, alignment)
         self._used = dict.fromkeys(Use, 0)
@@ -209,6 +214,11 @@ class Pool:
                 return False
             offset += free_nbytes
         return True
+
+    @property
+    def num_chances(self) -> int:
+        """While it stands still, what could not be placed still cannot be."""
+        return self.num_gains + (0 if self._pages is None else self._pages.num_settled)
 
     def change(self, nbytes: int, was: Use, becomes: Use) -> None:
         """Bytes change their use."""

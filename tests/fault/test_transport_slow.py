@@ -273,6 +273,9 @@ def test_a_crowd_from_one_host_leaves_room_for_others():
     assert first_s < 1.0
 
 
+WOKEN_S = 100e-6  # that an owner is woken, which one that is asked back to back by one reader alone is spared
+
+
 @pytest.mark.parametrize("num", [2_000, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_a_pull_beside_thousands_of_idle_connections_takes_at_most_twice_as_long(num):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -299,7 +302,7 @@ def test_a_pull_beside_thousands_of_idle_connections_takes_at_most_twice_as_long
         owner_idle_cpu_ratio=idle_ratio,
     )
     assert num_connections >= num
-    assert crowded_s < 2 * alone_s
+    assert crowded_s < 2 * alone_s + WOKEN_S
     assert first_s < 1.0
     assert idle_ratio < 0.1
 

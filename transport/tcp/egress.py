@@ -4,7 +4,8 @@ Rules kept here: hardware is what its own driver says so of; loopback, bridges, 
 whatever is not understood are not. Nothing is read from /sys, which may be another network namespace's.
 
 Why it matters: a page that is sent by reference stays a page of ours in a socket buffer of the *same* kernel, and a
-reader there can keep hold of it, whatever it says (splice(2) from the socket into a pipe). A device copies it.
+reader there can keep hold of it, whatever it says (splice(2) from the socket into a pipe). A device copies it; a peer
+that acknowledges what still waits in the device's queue could be sent what is written there within milliseconds.
 
 Sources: rtnetlink(7), RTM_GETROUTE; ETHTOOL_GDRVINFO of linux/ethtool.h; netdevice(7).
 """

@@ -107,6 +107,7 @@ class LentPages:
         self.unit_nbytes = unit_nbytes
         self.lent = lent  # units
         self.stuck = stuck
+        self.num_settled = 0
         self.asked: list[tuple[int, int]] = []
 
     def reclaim(self, offset, nbytes, is_free) -> bool:
@@ -125,6 +126,18 @@ class LentPages:
 def lent_pool(unit_nbytes: int, lent: set[int], **options):
     pages = LentPages(unit_nbytes, lent, **options)
     return Pool(0, 64 * KIB, tenant="t", alignment=4 * KIB, pages=pages), pages
+
+
+def test_a_loan_that_was_settled_is_a_chance_for_who_found_no_room():
+    pool, pages = lent_pool(16 * KIB, set())
+    before = pool.num_chances
+    assert pool.num_chances == before
+    pages.num_settled += 1
+    assert pool.num_chances > before
+    before = pool.num_chances
+    place(pool, 1, 4 * KIB)
+    pool.free(0, 4 * KIB, Use.RESERVED)
+    assert pool.num_chances > before
 
 
 def test_pages_are_had_anew_before_a_run_lies_on_them():

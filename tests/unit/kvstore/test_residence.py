@@ -125,7 +125,7 @@ def test_where_evicting_makes_no_room_it_is_not_looked_for_after_every_block():
         """Pages that are had anew only where nobody lives at all; all of them once they were asked for."""
 
         unit_nbytes = 900 * BLOCK
-        num_refused = 0
+        num_refused = num_settled = 0
         is_lent = False
 
         def reclaim(self, offset, nbytes, is_free) -> bool:

@@ -93,6 +93,7 @@ def test_loan_ends_once(lending: Lending) -> None:
     lending.forsake(kept)
     lending.settle(kept)
     assert (lending.lent_nbytes, lending.forsaken_nbytes) == (0, UNIT)
+    assert lending.num_settled == 1
 
 
 @pytest.mark.usefixtures("groups_of_four")
