@@ -19,7 +19,7 @@ from snowskin.transport.frames import HEAD_NBYTES, Done, Ping, Pong
 from snowskin.transport.lending import Lending
 from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import connection, egress, serving_loop
+from snowskin.transport.tcp import connection, egress
 from snowskin.transport.tcp.connection import Connection
 from snowskin.transport.tcp.serving import Phase
 from snowskin.transport.tcp.settings import TcpSettings
@@ -83,7 +83,7 @@ def lent_nbytes(monkeypatch):
         sizes.append(sendfile(out, source, offset, nbytes))
         return sizes[-1]
 
-    monkeypatch.setattr(serving_loop.os, "sendfile", counted)
+    monkeypatch.setattr(os, "sendfile", counted)
     return sizes
 
 
@@ -249,9 +249,12 @@ def all_is_with_the_kernel(owned):
     looked = threading.Event()
     phases = []
     (loop,) = owned.transport._owner._loops
-    loop.call(
-        lambda: (phases.extend(link.served.phase for link in loop._links.values()), looked.set())
-    )
+
+    def look():
+        phases.extend(link.served.phase for link in loop._links.values())
+        looked.set()
+
+    loop.call(look)
     assert looked.wait(PATIENCE_S)
     return Phase.AWAITING_DONE in phases
 

@@ -142,7 +142,9 @@ def test_where_evicting_makes_no_room_it_is_not_looked_for_after_every_block():
     residence = Residence([pool], LruEviction(), node_id="n", max_extent_nbytes=BLOCK)
     scope = residence.index.open_scope("t", NAMESPACE, BLOCK)
     for number in range(900):
-        (segment,) = residence.reserve("t", 1, BLOCK, near=None)
+        reserved = residence.reserve("t", 1, BLOCK, near=None)
+        assert reserved is not None
+        (segment,) = reserved
         name = number.to_bytes(16, "big")
         residence.commit(
             scope, name, segment, segment.offset, b"", parent_key=b"", one_reader=False

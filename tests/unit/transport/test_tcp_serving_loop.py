@@ -44,7 +44,7 @@ class WrittenDown:
         self.name, self.near, self.order = name, near, order
         self.takes = True
 
-    def sendmsg(self, parts):
+    def sendmsg(self, parts, ancillary=(), flags=0, /):
         if not self.takes:
             raise BlockingIOError
         self.order.append(self.name)
