@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from snowskin.transport.runs import Run
 from snowskin.transport.tcp import connection
 from snowskin.transport.tcp.connection import WAIT_S
 from snowskin.transport.tcp.settings import TcpSettings
+from snowskin.transport.tcp.sockets import is_on_this_host
 from snowskin.transport.tcp.transport import TcpTransport
 from tests.support.raw_tcp import RawOwner, greeted, next_ask
 from tests.support.waiting import eventually
@@ -106,3 +108,8 @@ def test_whose_pieces_are_looked_at_announces_done_to_other_hosts_alone(is_near,
         pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None, on_loop=True)
         eventually(lambda: len(answers.heard) == (0 if is_near else 2), WITHIN_S)
     assert [ask.wants_done for ask in answers.asked] == [not is_near] * 2
+
+
+def test_nobody_is_near_on_a_connection_that_is_gone():
+    with socket.socket() as gone:
+        assert not is_on_this_host(gone)
