@@ -65,13 +65,13 @@ def scattered(num_runs: int, nbytes: int, *, repeat: int) -> Shape:
 
 WORD = Shape(name="64 B", runs=(Run(0, 0, 64),), repeat=200)
 """Nothing to speak of: what remains is a round trip."""
-SHAPES = (
-    contiguous(4 * KIB, repeat=300),
-    contiguous(64 * KIB, repeat=100),
-    contiguous(MIB, repeat=20),
-    contiguous(16 * MIB, repeat=3),
-    contiguous(256 * MIB, repeat=1),
-    scattered(1000, 64 * KIB, repeat=1),
+SHAPES = (  # 20 to 50 ms a sample: for less, it is the scheduler that is measured
+    contiguous(4 * KIB, repeat=500),
+    contiguous(64 * KIB, repeat=300),
+    contiguous(MIB, repeat=200),
+    contiguous(16 * MIB, repeat=12),
+    contiguous(256 * MIB, repeat=2),
+    scattered(1000, 64 * KIB, repeat=3),
 )
 SMOKE_SHAPES = (
     contiguous(4 * KIB, repeat=5),
