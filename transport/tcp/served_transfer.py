@@ -183,7 +183,7 @@ class ServedTransfer:
             self.frame_left = min(most, self._cursor.left)
             _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
             self._num_head = 0
-        nbytes = min(self.frame_left, COPIED_NBYTES)
+        nbytes = min(self.frame_left, 1 << 20)
         if self.loan is not None:
             nbytes = min(nbytes, self._copied_nbytes(nbytes))
         views = self._cursor.views(memory, nbytes) if nbytes else []
