@@ -35,7 +35,7 @@ from snowskin.transport.grants import GrantTable
 from snowskin.transport.memory import region_of
 from snowskin.transport.runs import Run
 from snowskin.transport.tcp.owner import PAUSE_S, TcpOwner
-from snowskin.transport.tcp.served_transfer import COPIED_NBYTES
+from snowskin.transport.tcp.served_transfer import COPIED_FRAME_NBYTES
 from snowskin.transport.tcp.serving import FAREWELL_S
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.tcp.transport import TcpTransport
@@ -182,7 +182,7 @@ def test_a_grant_taken_back_in_the_middle_of_a_pull_ends_it_and_no_byte_comes_af
         before = owned.memory.copy()
         owned.memory[:] = 0  # given to somebody else
         stream = reader.rest()
-    frame_nbytes = HEAD_NBYTES + COPIED_NBYTES
+    frame_nbytes = HEAD_NBYTES + COPIED_FRAME_NBYTES
     frames = [stream[at : at + frame_nbytes] for at in range(0, len(stream), frame_nbytes)]
     payload = b"".join(each[HEAD_NBYTES:] for each in frames if each[0] == Kind.DATA)
     assert len(payload) < NBYTES

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from snowskin.transport.lending import Lending, Loan
 
 MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
-COPIED_NBYTES = (
-    2 << 20
-)  # at once, and of one frame: then it is looked again whose turn it is, and at the grant
-LENT_NBYTES = 4 << 20  # the same, but of larger frames: a head between two costs more than the look
+COPIED_FRAME_NBYTES = 2 << 20  # between two frames a peer can be told why its transfer ends
+# Sent at once; then it is looked again whose turn it is, and at the grant. What the kernel does meanwhile it does to the
+# end, and a control call on the same core waits for it.
+COPIED_NBYTES = 1 << 20
+LENT_NBYTES = 2 << 20
 LEAST_RANGE_RATIO = 1 / 32  # of the least loan: sendfile takes one range a call, sendmsg a thousand
 
 _HEAD = struct.Struct(">BBHIQ")
@@ -179,11 +180,11 @@ class ServedTransfer:
     def outgoing(self, memory: memoryview) -> list[memoryview]:
         """What to send next, to be copied: at most the rest of one frame; empty where `lent` says what."""
         if not self.frame_left:
-            most = self._chunk_nbytes if self.loan else min(self._chunk_nbytes, COPIED_NBYTES)
+            most = self._chunk_nbytes if self.loan else min(self._chunk_nbytes, COPIED_FRAME_NBYTES)
             self.frame_left = min(most, self._cursor.left)
             _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
             self._num_head = 0
-        nbytes = min(self.frame_left, 1 << 20)
+        nbytes = min(self.frame_left, COPIED_NBYTES)
         if self.loan is not None:
             nbytes = min(nbytes, self._copied_nbytes(nbytes))
         views = self._cursor.views(memory, nbytes) if nbytes else []
