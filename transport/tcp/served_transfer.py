@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
 COPIED_FRAME_NBYTES = 2 << 20  # between two frames a peer can be told why its transfer ends
-# Sent at once; then it is looked again whose turn it is, and at the grant. What the kernel does meanwhile it does to the
-# end, and a control call on the same core waits for it.
+# Sent at once; then it is looked again whose turn it is, and at the grant. The kernel does it to the end, and a control
+# call on the same core waits for it.
 COPIED_NBYTES = 1 << 20
 LENT_NBYTES = 2 << 20
 LEAST_RANGE_RATIO = 1 / 32  # of the least loan: sendfile takes one range a call, sendmsg a thousand
