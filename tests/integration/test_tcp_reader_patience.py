@@ -138,8 +138,9 @@ def test_owners_that_cannot_be_reached_hold_up_nobody_beyond_the_deadline(num_lo
     """16 pulls of one such owner: a living one is reached at once. Of very many: the deadline holds."""
 
     def serve(stream):
-        if (ask := greeted(stream)) is not None:
-            answer(stream, ask)
+        with contextlib.suppress(AssertionError):  # one whose deadline came first says no HELLO
+            if (ask := greeted(stream)) is not None:
+                answer(stream, ask)
 
     async def pull(rig, remote, within_s):
         deadline_s = time.monotonic() + within_s

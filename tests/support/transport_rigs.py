@@ -108,7 +108,7 @@ BACKENDS: dict[str, Backend] = {
     "loopback": Backend(make=_loopback, is_real=False, knows_memory=True, has_views=True),
     "shm": Backend(make=_shm, is_real=False, knows_memory=True, has_links=True, has_views=True),
     "tcp": Backend(make=_tcp),
-    "tcp-by-reference": Backend(make=lambda now_s: _tcp(now_s, lend_from_nbytes=1), lends=True),
+    "tcp-by-reference": Backend(make=lambda now_s: _tcp(now_s, lend_from_nbytes=4096), lends=True),
     "ucx": Backend(
         make=lambda now_s: _ucx(now_s, one_sided=False),
         num_at_once=NUM_UCX_WORKERS,
