@@ -221,13 +221,13 @@ class CopyingTransport(OrderedTransport):
         ranges: GrantedRanges | None = None,
     ) -> AttachedMemory:
         """Keeps `memory` as the peer's region until it, or the transport, is closed."""
-        asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
+        expires_at_s = self.end_of_life_s(descriptor, asked_at_s)
         population = Population(memory.buffer, writable=memory.writable) if populate else None
         region = AttachedMemory(
             descriptor,
             memory,
             peer=peer,
-            expires_at_s=asked_at_s + descriptor.expires_in_s,
+            expires_at_s=expires_at_s,
             forget=self.forget,
             confirmed=self._confirmed,
             link=link,

@@ -248,6 +248,11 @@ class OrderedTransport(ABC):
         self.grants.add(descriptor, region, ranges, now_s=now_s, on_done=on_done)
         return descriptor
 
+    def end_of_life_s(self, descriptor: RegionDescriptor, asked_at_s: float | None) -> float:
+        """Until when a grant lives that was asked for then; now, if None."""
+        asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
+        return asked_at_s + descriptor.expires_in_s
+
     def renew(self, descriptor: RegionDescriptor, *, expires_in_s: float) -> None:
         """Gives a grant a new life from now on."""
         self.grants.renew(descriptor.capability, expires_in_s=expires_in_s, now_s=self.now_s())

@@ -38,14 +38,15 @@ class Cursor:
     """Walks the ranges of a transfer.
 
     Attributes:
+        ranges: offset and size of each.
         left: bytes that have not moved yet.
     """
 
-    __slots__ = ("_index", "_ranges", "_skip", "left")
+    __slots__ = ("_index", "_skip", "left", "ranges")
 
     def __init__(self, ranges: Sequence[tuple[int, int]], nbytes: int) -> None:
         """At the first byte; `nbytes` is the sum of the sizes."""
-        self._ranges = ranges
+        self.ranges = ranges
         self._index = 0
         self._skip = 0
         self.left = nbytes
@@ -53,7 +54,7 @@ class Cursor:
     def views(self, memory: memoryview, max_nbytes: int) -> list[memoryview]:
         """The next bytes, at most `max_nbytes` (at most `left`) in at most MAX_VIEWS parts."""
         index = self._index
-        offset, nbytes = self._ranges[index]
+        offset, nbytes = self.ranges[index]
         offset += self._skip
         nbytes -= self._skip
         views = []
@@ -63,7 +64,7 @@ class Cursor:
                 return views
             max_nbytes -= nbytes
             index += 1
-            offset, nbytes = self._ranges[index]
+            offset, nbytes = self.ranges[index]
         views.append(memory[offset : offset + max_nbytes])
         return views
 
@@ -74,7 +75,7 @@ class Cursor:
 
     def rest(self) -> tuple[int, int]:
         """The rest of that range, as offset and size."""
-        offset, nbytes = self._ranges[self._index]
+        offset, nbytes = self.ranges[self._index]
         return offset + self._skip, nbytes - self._skip
 
     def advance(self, nbytes: int) -> None:
@@ -83,7 +84,7 @@ class Cursor:
         if not self.left:
             return
         nbytes += self._skip
-        while nbytes >= (range_nbytes := self._ranges[self._index][1]):
+        while nbytes >= (range_nbytes := self.ranges[self._index][1]):
             nbytes -= range_nbytes
             self._index += 1
         self._skip = nbytes
@@ -109,7 +110,6 @@ class ServedTransfer:
         "_head_view",
         "_is_lent",
         "_num_head",
-        "_parts",
         "ask",
         "deadline_s",
         "frame_left",
@@ -138,7 +138,6 @@ class ServedTransfer:
         self.lending: Lending | None = None
         self.loan: Loan | None = None
         self._is_lent: list[bool] = []
-        self._parts: list[tuple[int, int]] = []
 
     @property
     def left(self) -> int:
@@ -174,7 +173,7 @@ class ServedTransfer:
         loan = lending.lend(wanted)
         if loan.ranges:
             self.lending, self.loan = lending, loan
-            self._is_lent, self._parts = is_lent, parts
+            self._is_lent = is_lent
             self._cursor = Cursor(parts, self.nbytes)
 
     def outgoing(self, memory: memoryview) -> list[memoryview]:
@@ -200,7 +199,7 @@ class ServedTransfer:
         nbytes = self._cursor.rest()[1]
         while nbytes < most and index + 1 < len(self._is_lent) and not self._is_lent[index + 1]:
             index += 1
-            nbytes += self._parts[index][1]
+            nbytes += self._cursor.ranges[index][1]
         return nbytes
 
     def settle(self) -> None:

@@ -119,12 +119,13 @@ class Link:
         self.timer_at_s = math.inf
         self.unsent_nbytes = 0
 
+    def unsent(self) -> int:
+        """Bytes that the kernel has not brought to the peer yet."""
+        return int.from_bytes(fcntl.ioctl(self.fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
     def drains(self) -> bool:
         """Whether the kernel has brought more of what was sent to the peer since this was last asked."""
-        before_nbytes = self.unsent_nbytes
-        self.unsent_nbytes = int.from_bytes(
-            fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0"), sys.byteorder
-        )
+        before_nbytes, self.unsent_nbytes = self.unsent_nbytes, self.unsent()
         return self.unsent_nbytes < before_nbytes
 
     @property
@@ -423,10 +424,9 @@ class ServingLoop:
             link.served.phase is _AWAITING_DONE
             and transfer is not None
             and transfer.loan is not None
+            and link.unsent()
         ):
-            link.drains()
-            if link.unsent_nbytes:
-                transfer.forsake()
+            transfer.forsake()
 
     def _move(self, link: Link) -> int:
         """Moves one piece of a transfer; its bytes."""
@@ -469,7 +469,7 @@ class ServingLoop:
             if is_sending:
                 served.sent(nbytes, now_s)
                 if served.phase is _AWAITING_DONE:
-                    link.drains()
+                    link.unsent_nbytes = link.unsent()
             else:
                 served.landed(nbytes, now_s)
         if is_sending:

@@ -156,12 +156,12 @@ class TcpTransport(OrderedTransport):
                 hint="give `tls` to both sides, or to none",
             )
         check_writable(descriptor, writable)
-        asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
+        expires_at_s = self.end_of_life_s(descriptor, asked_at_s)
         region = AttachedTcpRegion(
             descriptor,
             self._connections.link(reachability),
             writable=writable,
-            expires_at_s=asked_at_s + descriptor.expires_in_s,
+            expires_at_s=expires_at_s,
             forget=self.forget,
             leave=self._leave,
         )

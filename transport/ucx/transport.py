@@ -196,12 +196,11 @@ class UcxTransport(OrderedTransport):
         self.check_scheme(descriptor)
         reach = Reach.open(descriptor)
         check_writable(descriptor, writable)
-        asked_at_s = self.now_s() if asked_at_s is None else asked_at_s
         region = UcxRegion(
             descriptor,
             reach,
             writable=writable,
-            expires_at_s=asked_at_s + descriptor.expires_in_s,
+            expires_at_s=self.end_of_life_s(descriptor, asked_at_s),
             forget=self._detached,
         )
         self._thread.post(functools.partial(self._reader.attach, reach.address))
