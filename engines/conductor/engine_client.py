@@ -78,17 +78,19 @@ def _fields(message: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextmanager
-def _instance_errors(peer: str) -> Iterator[None]:
+def _instance_errors(peer: str, *, is_masked: bool = False) -> Iterator[None]:
     """Turns a failed call into what the instance raised; a call that it dropped into InstanceLost.
 
-    An asyncio.CancelledError is our own cancellation and passes.
+    A write that meets the end of its call makes gRPC say INTERNAL, whatever the instance said: with `is_masked` that
+    is a lost call, too. An asyncio.CancelledError is our own cancellation and passes.
     """
+    dropped = (*_DROPPED, grpc.StatusCode.INTERNAL) if is_masked else _DROPPED
     try:
         yield
     except grpc.aio.AioRpcError as error:
         metadata: Any = error.trailing_metadata()  # pairs; the stubs do not know
         said_why = any(key == ERROR_HEADER for key, _ in metadata or ())
-        if error.code() in _DROPPED and not said_why:
+        if error.code() in dropped and not said_why:
             raise InstanceLost(
                 f"the call to {peer} broke off ({error.code().name}): {error.details()}",
                 hint="look at its log: it may have died, and is tried again when it reports",
@@ -117,6 +119,7 @@ class DecodeCall:
         """Wraps an open gRPC call to `peer`."""
         self._call = call
         self._peer = peer
+        self._write_failed = False
 
     async def start(
         self, request_id: str, prompt: Prompt, sampling: Sampling, handoff_timeout_s: float
@@ -141,7 +144,7 @@ class DecodeCall:
         Raises:
             InstanceLost: the stream ended; or the error that the instance raised.
         """
-        with _instance_errors(self._peer):
+        with _instance_errors(self._peer, is_masked=self._write_failed):
             message = await self._call.read()
         if message is _END:
             raise InstanceLost(f"{self._peer} ended the stream before its finish reason")
@@ -156,8 +159,8 @@ class DecodeCall:
         try:
             await self._call.write(message)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            # The call is over; why, the next read says.
-            return
+            # The call is over; why, the next read says, where gRPC still knows.
+            self._write_failed = True
 
 
 class EngineClients:

@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from snowskin.transport.frames import Data, Done
+from snowskin.transport.errors import BadFrame
+from snowskin.transport.frames import Data, Done, Fail
 from snowskin.transport.runs import Run
 from snowskin.transport.tcp import connection
 from snowskin.transport.tcp.connection import WAIT_S
@@ -108,6 +109,35 @@ def test_whose_pieces_are_looked_at_announces_done_to_other_hosts_alone(is_near,
         pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None, on_loop=True)
         eventually(lambda: len(answers.heard) == (0 if is_near else 2), WITHIN_S)
     assert [ask.wants_done for ask in answers.asked] == [not is_near] * 2
+
+
+def refuses(op):
+    return Fail(op=op, reason="TRANSFER_TIMED_OUT", retry_after_ms=0, message="no DONE came")
+
+
+def test_an_owner_that_gave_a_done_up_is_asked_for_the_next_one_on_another_connection():
+    def gives_up_late(stream):
+        ask = greeted(stream)
+        stream.say(Data(op=ask.op, nbytes=NBYTES))
+        stream.send(SOURCE.tobytes())
+        stream.hear()
+        next_ask(stream)
+        stream.say(refuses(ask.op))
+
+    serves = [gives_up_late, Answers()]
+    with RawOwner(lambda stream: serves.pop(0)(stream)) as owner, pulls_from(owner) as pull:
+        for _ in range(2):
+            pull([Run(0, 0, NBYTES)])
+        assert owner.num_connections == 2
+
+
+def test_who_refuses_what_was_never_asked_for_broke_the_rules():
+    with (
+        RawOwner(lambda stream: stream.say(refuses(greeted(stream).op + 1))) as owner,
+        pulls_from(owner) as pull,
+        pytest.raises(BadFrame),
+    ):
+        pull([Run(0, 0, NBYTES)])
 
 
 def test_nobody_is_near_on_a_connection_that_is_gone():

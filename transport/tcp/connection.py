@@ -67,6 +67,7 @@ _SLEEPS = 8
 _MOST_SLEEPS = 1024
 _SKIPS = 16  # so that an owner who talks on and on holds nobody
 _TIMEVAL = struct.Struct("@ll")
+_OPS = 1 << 32  # numbers of transfers, without 0
 NOTHING_YET = (errno.EAGAIN, errno.EWOULDBLOCK, None)  # None: a timeout of Python's own
 _REFUSALS: dict[str, type[TransportError]] = {
     error.reason: error
@@ -189,7 +190,7 @@ class Connection:
 
     def next_op(self) -> int:
         """The number of the next transfer, above 0."""
-        self._op = self._op % 0xFFFFFFFF + 1
+        self._op = self._op % (_OPS - 1) + 1
         return self._op
 
     @property
@@ -497,6 +498,9 @@ class Connection:
         assert isinstance(fail, Fail)
         self._start += HEAD_NBYTES + head.nbytes
         if fail.op not in (0, op):
+            if 0 < (op - fail.op) % _OPS < _OPS // 2:
+                # The owner gave it up while its DONE was on the way; the next one goes over another connection.
+                raise PeerLost(f"{self.peer} ended transfer {fail.op}, the one before {op}")
             raise BadFrame(f"{self.peer} refused transfer {fail.op}, where {op} was asked for")
         self.is_reusable = fail.op == op and fail.reason in _LIVES_ON and not self.num_ahead
         raise error_of(fail, self.peer)

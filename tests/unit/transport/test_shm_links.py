@@ -192,7 +192,7 @@ def test_owner_that_dies_is_lost_for_transfers_and_notes(pair: Pair) -> None:
     link = pair.owner._links._links[descriptor.capability]
     pair.owner._watcher.remove(link.end.fileno())
     link.end.close()  # as the kernel does; the page of grants stays as it was
-    eventually(lambda: remote.lost, 1.0)
+    eventually(lambda: remote.lost, WAIT_S)
     with pytest.raises(PeerLost, match=f"process {os.getpid()} on this host"):
         pair.pull(remote)
     assert pair.reader.statistics().num_peers_lost == 1
