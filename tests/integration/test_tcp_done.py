@@ -116,7 +116,13 @@ def refuses(op):
 
 
 def test_an_owner_that_gave_a_done_up_is_asked_for_the_next_one_on_another_connection():
+    connections = []
+
     def gives_up_late(stream):
+        connections.append(stream)
+        if len(connections) == 2:
+            Answers()(stream)
+            return
         ask = greeted(stream)
         stream.say(Data(op=ask.op, nbytes=NBYTES))
         stream.send(SOURCE.tobytes())
@@ -124,11 +130,10 @@ def test_an_owner_that_gave_a_done_up_is_asked_for_the_next_one_on_another_conne
         next_ask(stream)
         stream.say(refuses(ask.op))
 
-    serves = [gives_up_late, Answers()]
-    with RawOwner(lambda stream: serves.pop(0)(stream)) as owner, pulls_from(owner) as pull:
+    with RawOwner(gives_up_late) as owner, pulls_from(owner) as pull:
         for _ in range(2):
             pull([Run(0, 0, NBYTES)])
-        assert owner.num_connections == 2
+    assert len(connections) == 2
 
 
 def test_who_refuses_what_was_never_asked_for_broke_the_rules():

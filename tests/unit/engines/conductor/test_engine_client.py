@@ -8,9 +8,10 @@ import pytest
 from snowskin.engines.conductor.engine_client import DecodeCall
 from snowskin.engines.conductor.errors import InstanceLost
 from snowskin.engines.messages import Handoff
-from snowskin.kvstore.errors import BadRequest, SnowskinError
+from snowskin.kvstore.errors import BadRequest
 from snowskin.kvstore.rpc import ERROR_HEADER
 from snowskin.kvstore.wire import error_to_detail
+from snowskin.transport.errors import SnowskinError
 
 
 class EndedCall:
@@ -19,7 +20,7 @@ class EndedCall:
     def __init__(self, status: grpc.StatusCode, *, said: SnowskinError | None = None) -> None:
         trailing = ((ERROR_HEADER, error_to_detail(said).SerializeToString()),) if said else ()
         self.error = grpc.aio.AioRpcError(
-            status, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details="over"
+            status, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), "over", None
         )
 
     async def write(self, message: object) -> None:
