@@ -25,6 +25,7 @@ from snowskin.transport.errors import (
 )
 from snowskin.transport.frames import Data, Fail, Hello, Ping, encode
 from snowskin.transport.tcp.connection import MIN_HEARTBEAT_S
+from snowskin.transport.tcp.keeper import Keeper
 from snowskin.transport.tcp.transport import NUM_DIALING, TcpTransport
 from tests.support.raw_tcp import WELCOME, RawOwner, changed, greeted, next_ask
 
@@ -228,3 +229,31 @@ def test_a_transport_that_is_closed_counts_no_connection_that_was_wanted_too_lat
         with pytest.raises(TransportClosed):
             link.connect_any(rig)
         assert link.num_open == 0
+
+
+@pytest.mark.parametrize("is_seen_by_keeper", [False, True])
+def test_an_owner_that_went_is_counted_once_whoever_meets_it_first(is_seen_by_keeper, monkeypatch):
+    if not is_seen_by_keeper:
+        monkeypatch.setattr(Keeper, "_look", lambda keeper, fd: None)
+
+    def serve_once(stream):
+        answer(stream, greeted(stream))
+        next_ask(stream)
+
+    with contextlib.ExitStack() as living:
+        owner = living.enter_context(RawOwner(serve_once))
+        with Rig(owner) as rig:
+            rig.pull()
+            living.close()
+            for _ in range(2):
+                with pytest.raises(PeerLost):
+                    rig.pull()
+            assert rig.transport.statistics().num_peers_lost == 1
+
+
+def test_an_owner_that_was_never_reached_is_not_lost():
+    with RawOwner(lambda stream: None) as owner:
+        pass
+    with Rig(owner) as rig, pytest.raises(PeerLost):
+        rig.pull()
+    assert rig.transport.statistics().num_peers_lost == 0

@@ -74,7 +74,7 @@ class Link:
             weakref.WeakValueDictionary()
         )
         self.num_open = 0
-        self.is_lost = False
+        self.is_reached = False
         self.num_users = 0  # attached regions; guarded by Connections
         self._settings = settings
         self._keeper = keeper
@@ -201,7 +201,7 @@ class Link:
             with self.lock:
                 self.busy[connection] = user
                 self.paths.reached(path)
-                self.is_lost = False
+                self.is_reached = True
             self._keeper.watch(connection, self)
         except BaseException as error:
             with self.lock:
@@ -210,6 +210,9 @@ class Link:
                     self.paths.failed(path, time.monotonic())
                 if connection is not None:
                     self.busy.pop(connection, None)
+                is_lost = not (self.num_open or self.paths.alive())
+            if is_lost:
+                self._keeper.count_lost(self)
             if connection is not None:
                 connection.close()
             if isinstance(error, OSError):  # what the peer did is PeerLost already

@@ -176,7 +176,7 @@ class Keeper:
         else:
             self._close(connection, link)
             if not link.num_open:
-                self._count_lost(link)
+                self.count_lost(link)
 
     def _drain(self, connection: Connection, link: Link, at_end: Callable[[], None]) -> None:
         """Throws away what the owner still says; at its end nothing of the push can land any more."""
@@ -282,11 +282,13 @@ class Keeper:
         if self._is_pong(connection):
             self._rest(connection, link)
             return
-        self._count_lost(link)
+        self.count_lost(link)
         link.failed(connection.path.name)
         self._close(connection, link)
 
-    def _count_lost(self, link: Link) -> None:
-        if not link.is_lost:
-            link.is_lost = True
-            self.num_peers_lost += 1
+    def count_lost(self, link: Link) -> None:
+        """No connection to this owner is left, and none can be had: once until it is reached again. From any thread."""
+        with self._lock:
+            if link.is_reached:
+                link.is_reached = False
+                self.num_peers_lost += 1
