@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import time
 
@@ -13,7 +14,6 @@ import pytest
 from snowskin.transport.errors import BadFrame
 from snowskin.transport.frames import Data, Done, Fail
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import connection
 from snowskin.transport.tcp.connection import WAIT_S
 from snowskin.transport.tcp.settings import TcpSettings
 from snowskin.transport.tcp.sockets import is_on_this_host
@@ -100,15 +100,27 @@ def test_who_pulls_little_announces_no_done():
     assert [ask.wants_done for ask in answers.asked] == [False]
 
 
-@pytest.mark.parametrize("is_near", [False, True])
-def test_whose_pieces_are_looked_at_announces_done_to_other_hosts_alone(is_near, monkeypatch):
-    monkeypatch.setattr(connection, "is_on_this_host", lambda stream: is_near)
+def test_whose_pieces_are_looked_at_announces_done_as_well():
     answers = Answers()
     with RawOwner(answers) as owner, pulls_from(owner) as pull:
         pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None)
         pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None, on_loop=True)
-        eventually(lambda: len(answers.heard) == (0 if is_near else 2), WITHIN_S)
-    assert [ask.wants_done for ask in answers.asked] == [not is_near] * 2
+        eventually(lambda: len(answers.heard) == 2, WITHIN_S)
+
+
+@pytest.mark.parametrize("piece_nbytes", [30_000, 99_950, NBYTES])
+@pytest.mark.parametrize("on_loop", [False, True], ids=["on a thread", "on the loop"])
+def test_pieces_are_told_whole_and_once_though_one_stands_still(piece_nbytes, on_loop):
+    answers, told = Answers(pause_s=2.5 * WAIT_S), []
+    with RawOwner(answers) as owner, pulls_from(owner) as pull:
+        pull(
+            [Run(7, 5, DONE_FROM_NBYTES)],
+            on_loop=on_loop,
+            landed=lambda offset, nbytes: told.append((offset, nbytes)),
+            piece_nbytes=piece_nbytes,
+        )
+    ends = [*range(5, 5 + DONE_FROM_NBYTES, piece_nbytes), 5 + DONE_FROM_NBYTES]
+    assert told == [(start, end - start) for start, end in itertools.pairwise(ends)]
 
 
 def refuses(op):

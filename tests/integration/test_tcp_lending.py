@@ -19,7 +19,7 @@ from snowskin.transport.frames import HEAD_NBYTES, Done, Ping, Pong
 from snowskin.transport.lending import Lending
 from snowskin.transport.memory import Lendable, Memfd
 from snowskin.transport.runs import Run
-from snowskin.transport.tcp import connection, egress
+from snowskin.transport.tcp import egress
 from snowskin.transport.tcp.connection import Connection
 from snowskin.transport.tcp.serving import Phase
 from snowskin.transport.tcp.settings import TcpSettings
@@ -101,10 +101,7 @@ RUNS = {
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("is_looked_at", [False, True], ids=["", "piece by piece"])
-def test_what_goes_by_reference_is_what_was_asked_for(
-    owned, lent_nbytes, runs, is_looked_at, monkeypatch
-):
-    monkeypatch.setattr(connection, "is_on_this_host", lambda stream: False)
+def test_what_goes_by_reference_is_what_was_asked_for(owned, lent_nbytes, runs, is_looked_at):
     target = np.zeros(NBYTES, np.uint8)
     with contextlib.closing(TcpTransport()) as reader, reader.register(target) as local:
         remote = reader.attach(owned.descriptor)

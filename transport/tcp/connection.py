@@ -43,7 +43,6 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
 )
-from snowskin.transport.tcp.sockets import is_on_this_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -99,7 +98,6 @@ class Connection:
         was_idle: it has waited in a pool since its last use, and may have died there.
         idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
         done_from_nbytes: a pull of so much ends with DONE, note or not.
-        is_near: the owner is on this host.
         has_asked: `swap` or `ask` sent its request.
         frame_left_nbytes: of a DATA that was begun, for who goes on with it.
         is_pushing: the owner may be landing what was sent on it.
@@ -129,7 +127,6 @@ class Connection:
         "heartbeat_s",
         "hung_up",
         "idle_since_s",
-        "is_near",
         "is_pushing",
         "is_reusable",
         "is_tls",
@@ -162,7 +159,6 @@ class Connection:
         self._start = self._end = 0  # of what lies in the scratch and was not taken
         self.frame_left_nbytes = 0
         self.done_from_nbytes = math.inf
-        self.is_near = False
         self._op = 0
         self._num_in_vain = self._num_sleeps = 0
         self._spin_s = spin_s
@@ -509,7 +505,6 @@ class Connection:
         """HELLO and WELCOME."""
         if not self.is_tls:  # which copies everything anyway
             self.done_from_nbytes = settings.done_from_nbytes
-        self.is_near = is_on_this_host(self._socket)
         hello = Hello(
             min_version=WIRE_VERSION,
             max_version=WIRE_VERSION,

@@ -53,6 +53,7 @@ class Job:
         note: what the owner is told at the end.
         root: of the whole order, where this is the part of one lane; else itself.
         is_asked: `pull_run` has asked, and `pull` goes on.
+        part_nbytes: then, of the piece that has begun.
         heard: the owner answered to what was asked last.
         landed_nbytes: moved so far, from the first run on.
         thread_ident: the thread that drives it, an event loop's included.
@@ -67,6 +68,7 @@ class Job:
         "note",
         "now_s",
         "order",
+        "part_nbytes",
         "root",
         "runs",
         "thread_ident",
@@ -87,7 +89,7 @@ class Job:
         self.note = order.note
         self.root: Job = self if root is None else root
         self.heard = self.is_asked = False
-        self.landed_nbytes = 0
+        self.landed_nbytes = self.part_nbytes = 0
         self.abandoned = False
         self.thread_ident = threading.get_ident()
         self.now_s = now_s
@@ -171,23 +173,18 @@ def ask_bytes(
     return head + inline_note + struct.pack(f">{2 * num_runs}Q", *numbers)
 
 
-def is_acknowledged(connection: Connection, job: Job, runs: Sequence[Run]) -> bool:
-    """Whether a pull of these runs ends with DONE, note or not.
-
-    On one host not where somebody looks at each piece: then this side is the slower one, and what the owner copied is
-    in the cache for it (bench `transfer`, verified).
-    """
-    if connection.is_near and job.order.landed is not None:
-        return False
+def is_acknowledged(connection: Connection, runs: Sequence[Run]) -> bool:
+    """Whether a pull of these runs ends with DONE, note or not."""
     return sum(run[2] for run in runs) >= connection.done_from_nbytes
 
 
 def is_plain(job: Job) -> bool:
-    """Whether `pull_run` can do it: one run, and nobody who looks at its pieces."""
+    """Whether `pull_run` can do it: one run, from its first byte on, and no note."""
     order = job.order
     if len(job.runs) != 1 or not order.is_pull or job.note or job.landed_nbytes or job.is_asked:
         return False
-    return order.landed is None or job.runs[0][2] <= min(SHORT_NBYTES, order.piece_nbytes)
+    nbytes = job.runs[0][2]  # short ones come as a whole, whatever the pieces
+    return order.landed is None or nbytes <= order.piece_nbytes or nbytes > SHORT_NBYTES
 
 
 def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
@@ -200,9 +197,7 @@ def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
     order = job.order
     descriptor = order.remote.descriptor
     op = connection.next_op()
-    acknowledges = nbytes >= connection.done_from_nbytes and is_acknowledged(
-        connection, job, job.runs
-    )
+    acknowledges = nbytes >= connection.done_from_nbytes
     request = _ASK_ONE.pack(
         _PULL,
         0,
@@ -246,38 +241,48 @@ def pull_run(connection: Connection, job: Job, remaining_s: float) -> bool:
 
 def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
     """Receives the DATA of the only run, whose first head was taken; False where it has to wait for long."""
-    region = job.order.local
+    order = job.order
+    region, landed = order.local, order.landed
     op = connection.last_op
     _, at, run_nbytes = job.runs[0]
     end = at + run_nbytes
+    frame_end = at + frame_nbytes
+    most_nbytes = order.piece_nbytes if landed is not None else run_nbytes
     begin_landing, end_landing = region.gate.begin, region.gate.end
     receive, next_frame = connection.receive_whole, connection.next_frame
     view = region.view  # it stays, though the region may be closed meanwhile
     job.heard = True
-    now_s, deadline_s, control = job.now_s, job.order.deadline_s, job.order.control
-    while True:
-        frame_end = at + frame_nbytes
-        while at < frame_end:
+    now_s, deadline_s, control = job.now_s, order.deadline_s, order.control
+    while at < end:
+        piece, piece_end = at, min(end, at + most_nbytes)
+        while at < piece_end:
+            if at == frame_end:
+                frame_nbytes = next_frame(op, end - at)
+                if not frame_nbytes:
+                    job.part_nbytes = at - piece if landed is not None else 0
+                    return False
+                frame_end = at + frame_nbytes
+            until = piece_end if piece_end < frame_end else frame_end
             begin_landing()
             try:
-                got = receive(view[at:frame_end], end - frame_end)
+                got = receive(view[at:until], end - until)
             finally:
                 end_landing()
             at += got
-            job.landed_nbytes += got
-            if control is not None:
-                control.moved_nbytes += got
+            if landed is None:
+                job.landed_nbytes += got
+                if control is not None:
+                    control.moved_nbytes += got
             if not got:
                 connection.frame_left_nbytes = frame_end - at
+                job.part_nbytes = at - piece if landed is not None else 0
                 return False
-            if at == end:
-                job.is_asked = False
-                return True
-            if connection.hung_up or now_s() >= deadline_s:
+            if at < end and (connection.hung_up or now_s() >= deadline_s):
                 job.check()
-        frame_nbytes = next_frame(op, end - at)
-        if not frame_nbytes:
-            return False
+        if landed is not None:
+            job.moved(piece, piece_end - piece)
+    job.is_asked = False
+    return True
 
 
 def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None]:
@@ -290,9 +295,9 @@ def pull(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[None
         connection.is_reusable = False
         if job.is_asked:
             job.is_asked = False
-            acknowledges = is_acknowledged(connection, job, job.runs)  # as a whole it was asked for
+            acknowledges = is_acknowledged(connection, job.runs)  # as a whole it was asked for
         else:
-            acknowledges = is_acknowledged(connection, job, part)
+            acknowledges = is_acknowledged(connection, part)
             ask = ask_bytes(connection, job, part, is_last=is_last, wants_done=acknowledges)
             yield from connection.send_all([ask])
             connection.nap(sum(run[2] for run in part))
@@ -314,7 +319,8 @@ def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[Non
     order = job.order
     region, landed = order.local, order.landed
     op = connection.last_op
-    left_nbytes = sum(run[2] for run in runs)
+    part_nbytes, job.part_nbytes = job.part_nbytes, 0
+    left_nbytes = sum(run[2] for run in runs) - part_nbytes
     frame_nbytes, connection.frame_left_nbytes = connection.frame_left_nbytes, 0
     ahead_nbytes = left_nbytes if left_nbytes <= SHORT_NBYTES else 0
     begin_landing, end_landing = region.gate.begin, region.gate.end
@@ -330,7 +336,8 @@ def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[Non
             if landed is not None:
                 job.check()
                 piece_end = min(end, offset + order.piece_nbytes)
-            at = offset
+            at = offset + part_nbytes
+            part_nbytes = 0
             while at < piece_end:
                 if not frame_nbytes:
                     if untold_nbytes:

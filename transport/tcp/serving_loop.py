@@ -474,6 +474,8 @@ class ServingLoop:
                 served.landed(nbytes, now_s)
         if is_sending:
             link.blocked = nbytes < wanted_nbytes
+            if link.blocked:
+                self._is_eager = False  # what comes next is room, once the reader has made some
         elif nbytes == wanted_nbytes or (nbytes and link.holds_bytes):
             self._turns.add(link)
         self._settle(link)
