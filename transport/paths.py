@@ -27,9 +27,9 @@ MEASURED_FROM_NBYTES = 1 << 20
 _UNKNOWN_BYTES_PER_S = 1.25e9  # of a NIC that does not say its speed: 10 Gbit/s
 _NEWEST_WEIGHT = 0.25
 _STREAMS_MUST_GAIN = 1.1
-_NUM_SAMPLES_TO_TRUST = 2
-_TRY_UNKNOWN_EVERY = 8
-_TRY_KNOWN_EVERY = 64
+_STREAMS_HAVE_FALLEN = 2 / 3
+_NUM_WINS = 2
+_TRY_FIRST, _TRY_LAST = 8, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,61 +75,80 @@ class PathStatistics:
     bytes_per_s: float
 
 
+@dataclass(slots=True)
+class _SizeClass:
+    """What is known of pulls of one size: the count of streams in use, and the one that is tried next."""
+
+    kept: int = STREAM_COUNTS[0]
+    candidate: int = STREAM_COUNTS[1]
+    bytes_per_s: float | None = None  # of the kept one
+    num_asked: int = 0
+    try_at: int = _TRY_FIRST
+    interval: int = _TRY_FIRST
+    num_wins: int = 0
+
+    def try_in(self, interval: int) -> None:
+        self.interval = interval
+        self.try_at = self.num_asked + interval
+
+    def turn(self) -> None:
+        """Another candidate."""
+        others = [count for count in STREAM_COUNTS if count != self.kept]
+        at = others.index(self.candidate) + 1 if self.candidate in others else 0
+        self.candidate = others[at % len(others)]
+        self.num_wins = 0
+
+
 class StreamChoice:
     """How many streams a path is worth, by size: one, until more are measurably better.
 
-    Sizes are classes of a factor of four from 16 MiB on. In each, the count in use is kept until
-    another one's average rate is a tenth better; others are tried rarely: every 8th request while
-    one of them was never tried twice, every 64th afterwards.
+    Sizes are classes of a factor of four from 16 MiB on. In each, the count in use is kept until another one was a
+    tenth better twice in a row. The 8th request tries another; one that was not better doubles the time to the next
+    try, up to every 1,024th, because a try may take twice as long. Where the kept one becomes a third slower, they are
+    tried soon again.
     """
 
     def __init__(self) -> None:
         """Nothing measured."""
-        self._bytes_per_s: dict[tuple[int, int], float] = {}
-        self._num_samples: dict[tuple[int, int], int] = {}
-        self._num_asked: dict[int, int] = {}
-        self._kept: dict[int, int] = {}
+        self._classes: dict[int, _SizeClass] = {}
 
     def num_streams(self, nbytes: int) -> int:
         """Streams to open for a request that puts `nbytes` on this path: 1, 2 or 4."""
         if nbytes < MANY_STREAMS_FROM_NBYTES:
             return 1
-        size_class = _size_class(nbytes)
-        asked = self._num_asked[size_class] = self._num_asked.get(size_class, 0) + 1
-        unknown = [
-            count
-            for count in STREAM_COUNTS
-            if self._num_samples.get((size_class, count), 0) < _NUM_SAMPLES_TO_TRUST
-        ]
-        kept = self._kept.get(size_class, STREAM_COUNTS[0])
-        if unknown and kept in unknown:
-            return kept
-        if unknown and asked % _TRY_UNKNOWN_EVERY == 0:
-            return unknown[0]
-        if asked % _TRY_KNOWN_EVERY == 0:
-            others = [count for count in STREAM_COUNTS if count != kept]
-            return others[asked // _TRY_KNOWN_EVERY % len(others)]
-        return kept
+        known = self._known(nbytes)
+        known.num_asked += 1
+        if known.bytes_per_s is None or known.num_asked < known.try_at:
+            return known.kept
+        known.try_in(known.interval)  # whatever becomes of this one
+        return known.candidate
 
     def measured(self, nbytes: int, *, num_streams: int, seconds: float) -> None:
         """Says how long `nbytes` took over `num_streams` streams."""
-        if nbytes < MANY_STREAMS_FROM_NBYTES or seconds <= 0:
+        if nbytes < MANY_STREAMS_FROM_NBYTES or seconds <= 0 or num_streams not in STREAM_COUNTS:
             return
-        size_class = _size_class(nbytes)
-        key = (size_class, num_streams)
-        self._bytes_per_s[key] = _averaged(self._bytes_per_s.get(key), nbytes / seconds)
-        self._num_samples[key] = self._num_samples.get(key, 0) + 1
-        kept = self._kept.get(size_class, STREAM_COUNTS[0])
-        trusted = {
-            count: self._bytes_per_s[size_class, count]
-            for count in STREAM_COUNTS
-            if self._num_samples.get((size_class, count), 0) >= _NUM_SAMPLES_TO_TRUST
-        }
-        if kept not in trusted:
+        known, bytes_per_s = self._known(nbytes), nbytes / seconds
+        if num_streams == known.kept:
+            if known.bytes_per_s and bytes_per_s < _STREAMS_HAVE_FALLEN * known.bytes_per_s:
+                known.interval = _TRY_FIRST
+                known.try_at = min(known.try_at, known.num_asked + _TRY_FIRST)
+            known.bytes_per_s = _averaged(known.bytes_per_s, bytes_per_s)
             return
-        best = max(trusted, key=lambda count: trusted[count])
-        if trusted[best] >= trusted[kept] * _STREAMS_MUST_GAIN:
-            self._kept[size_class] = best
+        if known.bytes_per_s is None:
+            return
+        if bytes_per_s < _STREAMS_MUST_GAIN * known.bytes_per_s:
+            known.turn()
+            known.try_in(min(2 * known.interval, _TRY_LAST))
+            return
+        known.candidate = num_streams
+        known.num_wins += 1
+        known.try_in(_TRY_FIRST)
+        if known.num_wins == _NUM_WINS:
+            known.kept, known.bytes_per_s = num_streams, bytes_per_s
+            known.turn()
+
+    def _known(self, nbytes: int) -> _SizeClass:
+        return self._classes.setdefault(_size_class(nbytes), _SizeClass())
 
 
 @dataclass(slots=True)

@@ -43,6 +43,7 @@ from snowskin.transport.frames import (
     decode_head,
     encode,
 )
+from snowskin.transport.tcp.naps import nap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,7 +58,6 @@ SCRATCH_NBYTES = 64 * 1024 + HEAD_NBYTES
 
 _HEAD = struct.Struct(">BBHIQ")
 _DATA, _DONE = int(Kind.DATA), int(Kind.DONE)
-_NAP_S = 1e-6  # to which the kernel adds its timer slack of 50 µs (prctl(2), PR_SET_TIMERSLACK)
 _NAP_FROM_NBYTES = 1 << 20  # so much must be on its way: for less, a nap could be the longest part
 _TRICKLE_NBYTES = 32 << 10
 _FULL_NBYTES = 512 << 10
@@ -241,7 +241,7 @@ class Connection:
                     _TRICKLE_NBYTES <= nbytes < _FULL_NBYTES
                     and wanted_nbytes - got_nbytes + more_nbytes > _NAP_FROM_NBYTES
                 ):
-                    time.sleep(_NAP_S)
+                    nap()
         except OSError as error:
             if not got_nbytes:
                 return self._nothing_yet(error)
@@ -253,7 +253,7 @@ class Connection:
     def nap(self, asked_nbytes: int) -> None:
         """After a request: looks for the answer to a large one a little later, as `receive_whole` does."""
         if asked_nbytes >= _NAP_FROM_NBYTES and not self._polling:
-            time.sleep(_NAP_S)
+            nap()
 
     def swap(self, request: bytes, answer_head: bytes, nbytes: int) -> memoryview | None:
         """Sends a short request, and takes its answer where that is one frame of `nbytes` behind `answer_head`.

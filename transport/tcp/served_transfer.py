@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
 COPIED_FRAME_NBYTES = 2 << 20  # between two frames a peer can be told why its transfer ends
-# Sent at once; then it is looked again whose turn it is, and at the grant. The kernel does it to the end, and a control
-# call on the same core waits for it.
+# Sent at once; then it is looked again whose turn it is, and at the grant. The kernel copies to the end, and a control
+# call on the same core waits for it; while it sends by reference, it lets others run.
 COPIED_NBYTES = 1 << 20
 LENT_NBYTES = 2 << 20
+LENT_ALONE_NBYTES = 8 << 20  # where nobody else has a turn: more than most send buffers take
 LEAST_RANGE_RATIO = 1 / 32  # of the least loan: sendfile takes one range a call, sendmsg a thousand
 
 _HEAD = struct.Struct(">BBHIQ")
@@ -212,12 +213,16 @@ class ServedTransfer:
         if self.lending is not None and self.loan is not None:
             self.lending.forsake(self.loan)
 
-    def lent(self) -> tuple[int, int]:
-        """What to send next by reference, behind `outgoing`: offset and size; size 0 where there is nothing."""
+    def lent(self, *, is_alone: bool) -> tuple[int, int]:
+        """What to send next by reference, behind `outgoing`: offset and size; size 0 where there is nothing.
+
+        Args:
+            is_alone: nobody else has a turn.
+        """
         if self.loan is None or not self._is_lent[self._cursor.index]:
             return 0, 0
         offset, nbytes = self._cursor.rest()
-        return offset, min(nbytes, self.frame_left, LENT_NBYTES)
+        return offset, min(nbytes, self.frame_left, LENT_ALONE_NBYTES if is_alone else LENT_NBYTES)
 
     def sent(self, nbytes: int) -> bool:
         """So many bytes of `outgoing` are with the kernel; whether that was the last one."""

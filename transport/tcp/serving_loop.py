@@ -453,7 +453,10 @@ class ServingLoop:
                 if transfer.loan is None:
                     nbytes = link.stream.sendmsg(parts)
                 else:
-                    wanted_nbytes, nbytes = _send_lent(link, transfer, parts, wanted_nbytes)
+                    is_alone = not self._turns
+                    wanted_nbytes, nbytes = _send_lent(
+                        link, transfer, parts, wanted_nbytes, is_alone=is_alone
+                    )
             else:
                 parts = transfer.incoming(memory)
                 wanted_nbytes = sum(map(len, parts))
@@ -563,11 +566,16 @@ class ServingLoop:
 
 
 def _send_lent(
-    link: Link, transfer: ServedTransfer, parts: list[memoryview], copied_nbytes: int
+    link: Link,
+    transfer: ServedTransfer,
+    parts: list[memoryview],
+    copied_nbytes: int,
+    *,
+    is_alone: bool,
 ) -> tuple[int, int]:
     """Sends `parts` by copy and what follows them by reference; bytes that were to go, and that went."""
     assert transfer.lending is not None, "it has a loan"
-    offset, lent_nbytes = transfer.lent()
+    offset, lent_nbytes = transfer.lent(is_alone=is_alone)
     wanted_nbytes, nbytes = copied_nbytes + lent_nbytes, 0
     if parts:
         # Not without MSG_MORE: the head of a frame would go, and wake its reader, alone.

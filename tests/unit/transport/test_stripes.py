@@ -304,6 +304,28 @@ def test_streams_that_stopped_being_better_are_given_up() -> None:
         assert choice.num_streams(64 * MIB) == best
 
 
+def test_streams_that_are_not_better_are_tried_ever_more_rarely() -> None:
+    choice = StreamChoice()
+    tried = []
+    for number in range(1, 3001):
+        count = choice.num_streams(64 * MIB)
+        if count != 1:
+            tried.append((number, count))
+        choice.measured(64 * MIB, num_streams=count, seconds=1.0 if count == 1 else 2.0)
+    assert tried[:4] == [(8, 2), (24, 4), (56, 2), (120, 4)]
+    assert len(tried) < 10
+
+
+def test_streams_are_kept_only_once_they_were_better_twice_in_a_row() -> None:
+    choice = StreamChoice()
+    choice.measured(64 * MIB, num_streams=1, seconds=1.0)
+    for seconds in (0.5, 1.5, 0.5):
+        choice.measured(64 * MIB, num_streams=2, seconds=seconds)
+        assert choice.num_streams(64 * MIB) == 1
+    choice.measured(64 * MIB, num_streams=2, seconds=0.5)
+    assert choice.num_streams(64 * MIB) == 2
+
+
 def test_sizes_are_judged_apart() -> None:
     choice = StreamChoice()
     for _ in range(2):
