@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from snowskin.tools.bench.report import Goal, Row, make_paired_row
 from snowskin.tools.bench.transfer.echo import EchoCaller
 from snowskin.tools.bench.transfer.pair import OTHERS, Contestant
+from snowskin.tools.bench.transfer.sizes import COPYING, LENT, TCP
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,16 +28,24 @@ GOAL_RATIO = 3.0
 LISTEN_S, SMOKE_LISTEN_S = 1.0, 0.1
 SETTLE_S = 0.05
 
+BESIDE = " beside control"
 CONTESTANTS = (
     Contestant(
-        name="tcp beside control",
+        name="tcp" + BESIDE,
+        backend="ours",
+        pair=OTHERS,
+        options={"scheme": "tcp", "settings": LENT},
+        is_free=True,
+    ),
+    Contestant(
+        name=COPYING + BESIDE,
         backend="ours",
         pair=OTHERS,
         options={"scheme": "tcp"},
         is_free=True,
     ),
     Contestant(
-        name="sockets beside control",
+        name="sockets" + BESIDE,
         backend="sockets",
         pair=OTHERS,
         options={"congestion": "reno"},
@@ -74,8 +83,8 @@ def control_rows(
             rates.append(pulled_nbytes / cast("float", served["seconds"]) / 1e9)
     finally:
         caller.close()
-    scheme = contestant.name.partition(" ")[0]
-    return ratio_rows("control call", scheme, idle, loaded, rates, is_judged=scheme == "tcp")
+    name = contestant.name.removesuffix(BESIDE)
+    return ratio_rows("control call", name, idle, loaded, rates, is_judged=name in TCP)
 
 
 def ratio_rows(
