@@ -26,8 +26,7 @@ MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
 COPIED_FRAME_NBYTES = 2 << 20  # between two frames a peer can be told why its transfer ends
 # Sent at once; then it is looked again whose turn it is, and at the grant. The kernel copies to the end, and a control
 # call on the same core waits for it; while it sends by reference, it lets others run.
-COPIED_NBYTES = 512 << 10
-WHOLE_NBYTES = 1 << 20  # a transfer up to this size is one piece
+COPIED_NBYTES = 1 << 20
 LENT_NBYTES = 2 << 20
 LENT_ALONE_NBYTES = 8 << 20  # where nobody else has a turn: more than most send buffers take
 LEAST_RANGE_RATIO = 1 / 32  # of the least loan: sendfile takes one range a call, sendmsg a thousand
@@ -185,8 +184,7 @@ class ServedTransfer:
             self.frame_left = min(most, self._cursor.left)
             _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
             self._num_head = 0
-        most = WHOLE_NBYTES if self.nbytes <= WHOLE_NBYTES else COPIED_NBYTES
-        nbytes = min(self.frame_left, most)
+        nbytes = min(self.frame_left, COPIED_NBYTES)
         if self.loan is not None:
             nbytes = min(nbytes, self._copied_nbytes(nbytes))
         views = self._cursor.views(memory, nbytes) if nbytes else []
