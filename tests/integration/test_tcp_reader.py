@@ -373,7 +373,11 @@ def test_what_nobody_uses_is_closed_and_then_no_thread_is_left():
         assert owner.num_connections == 2
 
 
-def test_of_many_idle_connections_a_few_are_kept():
+@pytest.mark.parametrize(
+    ("settings", "num_kept"),
+    [({"max_idle_connections_to_peer": 2}, 2), ({"max_spare_idle_s": 0.1}, 1)],
+)
+def test_of_many_idle_connections_a_few_are_kept(settings, num_kept):
     barrier = threading.Barrier(4)
 
     def serve(stream):
@@ -382,11 +386,10 @@ def test_of_many_idle_connections_a_few_are_kept():
         answer(stream, ask)
         next_ask(stream)
 
-    settings = {"max_idle_connections_to_peer": 2, "heartbeat_s": 0.05}
-    with RawOwner(serve) as owner, Rig(owner, **settings) as rig:
+    with RawOwner(serve) as owner, Rig(owner, heartbeat_s=0.05, **settings) as rig:
         others = [InThread(rig.pull) for _ in range(4)]
         assert [other.ended(WITHIN_S) for other in others] == [None] * 4
-        eventually(lambda: rig.statistics.num_connections == 2, WITHIN_S)
+        eventually(lambda: rig.statistics.num_connections == num_kept, WITHIN_S)
 
 
 # Waiting, and what ends it.

@@ -245,10 +245,14 @@ class Keeper:
         settings = self._settings
         idle = sorted(link.all_idle(), key=lambda each: each.idle_since_s)
         num_too_many = max(0, len(idle) - settings.max_idle_connections_to_peer)
+        newest = {connection.path.name: connection for connection in idle}.values()
+        spare_s = min(settings.max_spare_idle_s, settings.max_idle_s)
         surplus = [
             connection
             for index, connection in enumerate(idle)
-            if index < num_too_many or now_s - connection.idle_since_s >= settings.max_idle_s
+            if index < num_too_many
+            or now_s - connection.idle_since_s
+            >= (settings.max_idle_s if connection in newest else spare_s)
         ]
         for connection in surplus:
             link.remove_idle(connection)
