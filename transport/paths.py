@@ -14,7 +14,7 @@ that land end the doubling of its back-off.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _UNKNOWN_BYTES_PER_S = 1.25e9  # of a NIC that does not say its speed: 10 Gbit/s
 _NEWEST_WEIGHT = 0.25
 _STREAMS_MUST_GAIN = 1.1
 _STREAMS_HAVE_FALLEN = 2 / 3
-_NUM_WINS = 2
+_NUM_WINS, _NUM_FALLS = 2, 4
 _TRY_FIRST, _TRY_LAST = 8, 1024
 
 
@@ -79,13 +79,15 @@ class PathStatistics:
 class _SizeClass:
     """What is known of pulls of one size: the count of streams in use, and the one that is tried next."""
 
+    counts: tuple[int, ...]
     kept: int = STREAM_COUNTS[0]
     candidate: int = STREAM_COUNTS[1]
     bytes_per_s: float | None = None  # of the kept one
     num_asked: int = 0
     try_at: int = _TRY_FIRST
     interval: int = _TRY_FIRST
-    num_wins: int = 0
+    num_wins: int = 0  # of the candidate, in a row
+    num_falls: int = 0  # of the kept one, in a row
 
     def try_in(self, interval: int) -> None:
         self.interval = interval
@@ -93,7 +95,7 @@ class _SizeClass:
 
     def turn(self) -> None:
         """Another candidate."""
-        others = [count for count in STREAM_COUNTS if count != self.kept]
+        others = [count for count in self.counts if count != self.kept]
         at = others.index(self.candidate) + 1 if self.candidate in others else 0
         self.candidate = others[at % len(others)]
         self.num_wins = 0
@@ -102,19 +104,25 @@ class _SizeClass:
 class StreamChoice:
     """How many streams a path is worth, by size: one, until more are measurably better.
 
-    Sizes are classes of a factor of four from 16 MiB on. In each, the count in use is kept until another one was a
+    Sizes are classes of a factor of four from 32 MiB on. In each, the count in use is kept until another one was a
     tenth better twice in a row. The 8th request tries another; one that was not better doubles the time to the next
-    try, up to every 1,024th, because a try may take twice as long. Where the kept one becomes a third slower, they are
-    tried soon again.
+    try, up to every 1,024th, because a try may take twice as long. Where the kept one was a third slower several times
+    in a row, they are tried soon again; a single slow one only shared its way with another request.
     """
 
-    def __init__(self) -> None:
-        """Nothing measured."""
+    def __init__(self, max_streams: int = STREAM_COUNTS[-1]) -> None:
+        """Nothing measured; never more than `max_streams`."""
+        self._counts = tuple(count for count in STREAM_COUNTS if count <= max_streams)
         self._classes: dict[int, _SizeClass] = {}
+
+    @property
+    def most_kept(self) -> int:
+        """Streams in use for those sizes that are worth most."""
+        return max((known.kept for known in self._classes.values()), default=STREAM_COUNTS[0])
 
     def num_streams(self, nbytes: int) -> int:
         """Streams to open for a request that puts `nbytes` on this path: 1, 2 or 4."""
-        if nbytes < MANY_STREAMS_FROM_NBYTES:
+        if nbytes < MANY_STREAMS_FROM_NBYTES or len(self._counts) == 1:
             return 1
         known = self._known(nbytes)
         known.num_asked += 1
@@ -125,35 +133,44 @@ class StreamChoice:
 
     def measured(self, nbytes: int, *, num_streams: int, seconds: float) -> None:
         """Says how long `nbytes` took over `num_streams` streams."""
-        if nbytes < MANY_STREAMS_FROM_NBYTES or seconds <= 0 or num_streams not in STREAM_COUNTS:
+        if nbytes < MANY_STREAMS_FROM_NBYTES or seconds <= 0 or num_streams not in self._counts:
             return
         known, bytes_per_s = self._known(nbytes), nbytes / seconds
         if num_streams == known.kept:
-            if known.bytes_per_s and bytes_per_s < _STREAMS_HAVE_FALLEN * known.bytes_per_s:
-                known.interval = _TRY_FIRST
-                known.try_at = min(known.try_at, known.num_asked + _TRY_FIRST)
-            known.bytes_per_s = _averaged(known.bytes_per_s, bytes_per_s)
-            return
-        if known.bytes_per_s is None:
-            return
-        if bytes_per_s < _STREAMS_MUST_GAIN * known.bytes_per_s:
+            self._measured_kept(known, bytes_per_s)
+        elif known.bytes_per_s is None:
+            pass  # nothing to compare it with
+        elif bytes_per_s < _STREAMS_MUST_GAIN * known.bytes_per_s:
             known.turn()
             known.try_in(min(2 * known.interval, _TRY_LAST))
+        else:
+            known.num_wins = 1 + known.num_wins * (num_streams == known.candidate)
+            known.candidate = num_streams
+            known.try_in(_TRY_FIRST)
+            if known.num_wins == _NUM_WINS:
+                known.kept, known.bytes_per_s = num_streams, bytes_per_s
+                known.turn()
+
+    @staticmethod
+    def _measured_kept(known: _SizeClass, bytes_per_s: float) -> None:
+        if not known.bytes_per_s or bytes_per_s >= _STREAMS_HAVE_FALLEN * known.bytes_per_s:
+            known.num_falls = 0
+            known.bytes_per_s = _averaged(known.bytes_per_s, bytes_per_s)
             return
-        known.candidate = num_streams
-        known.num_wins += 1
-        known.try_in(_TRY_FIRST)
-        if known.num_wins == _NUM_WINS:
-            known.kept, known.bytes_per_s = num_streams, bytes_per_s
-            known.turn()
+        known.num_falls += 1
+        if known.num_falls == _NUM_FALLS:
+            known.num_falls = 0
+            known.bytes_per_s = bytes_per_s
+            known.try_in(_TRY_FIRST)
 
     def _known(self, nbytes: int) -> _SizeClass:
-        return self._classes.setdefault(_size_class(nbytes), _SizeClass())
+        return self._classes.setdefault(_size_class(nbytes), _SizeClass(self._counts))
 
 
 @dataclass(slots=True)
 class _State:
     path: Path
+    streams: StreamChoice
     is_alive: bool = True
     is_tried: bool = False
     retry_at_s: float = -math.inf
@@ -162,17 +179,30 @@ class _State:
     moved_nbytes: int = 0
     in_flight_nbytes: int = 0
     measured_bytes_per_s: float | None = None
-    streams: StreamChoice = field(default_factory=StreamChoice)
 
 
 class PathSet:
     """All ways to one peer, for as long as the peer is known; see the rules above."""
 
-    def __init__(self, paths: Sequence[Path], limits: PathLimits | None = None) -> None:
-        """All paths alive and none measured; their order is the preference among equals."""
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        limits: PathLimits | None = None,
+        *,
+        max_streams: int = STREAM_COUNTS[-1],
+    ) -> None:
+        """All paths alive and none measured; their order is the preference among equals.
+
+        Args:
+            paths: at least one, each with a name of its own.
+            limits: of those that fail.
+            max_streams: on one path.
+        """
         if not paths:
             raise ValueError("a peer needs at least one path")
-        self._states = {path.name: _State(path) for path in paths}
+        self._states = {
+            path.name: _State(path, streams=StreamChoice(max_streams)) for path in paths
+        }
         if len(self._states) != len(paths):
             raise ValueError(f"paths of one name: {sorted(path.name for path in paths)}")
         self._limits = limits or PathLimits()
@@ -279,6 +309,10 @@ class PathSet:
         state = self._states[name]
         return state.streams.num_streams(nbytes) if state.is_alive else 1
 
+    def most_streams(self, name: str) -> int:
+        """Streams that this path is in use with, for those sizes that are worth most."""
+        return self._states[name].streams.most_kept
+
     def statistics(self, now_s: float) -> tuple[PathStatistics, ...]:
         """One row a path."""
         return tuple(
@@ -295,7 +329,7 @@ class PathSet:
 
 
 def _size_class(nbytes: int) -> int:
-    """0 for 16 to 64 MiB, 1 up to 256 MiB, and so on."""
+    """0 for 16 to 32 MiB, 1 up to 128 MiB, and so on."""
     return (nbytes // MANY_STREAMS_FROM_NBYTES).bit_length() // 2 if nbytes else 0
 
 

@@ -33,7 +33,7 @@ from snowskin.kvstore.wire import to_ms
 from snowskin.v1 import common_pb2, engine_pb2, engine_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Iterator
+    from collections.abc import AsyncIterator, Callable, Collection, Iterator
 
     from snowskin.engines.conductor.job import Sampling
     from snowskin.engines.conductor.view import InstanceView
@@ -78,18 +78,18 @@ def _fields(message: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextmanager
-def _instance_errors(peer: str, *, is_masked: bool = False) -> Iterator[None]:
+def _instance_errors(peer: str, is_masked: Callable[[], bool] = bool) -> Iterator[None]:
     """Turns a failed call into what the instance raised; a call that it dropped into InstanceLost.
 
-    A write that meets the end of its call makes gRPC say INTERNAL, whatever the instance said: with `is_masked` that
-    is a lost call, too. An asyncio.CancelledError is our own cancellation and passes.
+    A write that meets the end of its call makes gRPC say INTERNAL, whatever the instance said, to a read that waits as
+    well: where `is_masked` that is a lost call, too. An asyncio.CancelledError is our own cancellation and passes.
     """
-    dropped = (*_DROPPED, grpc.StatusCode.INTERNAL) if is_masked else _DROPPED
     try:
         yield
     except grpc.aio.AioRpcError as error:
         metadata: Any = error.trailing_metadata()  # pairs; the stubs do not know
         said_why = any(key == ERROR_HEADER for key, _ in metadata or ())
+        dropped = (*_DROPPED, grpc.StatusCode.INTERNAL) if is_masked() else _DROPPED
         if error.code() in dropped and not said_why:
             raise InstanceLost(
                 f"the call to {peer} broke off ({error.code().name}): {error.details()}",
@@ -144,7 +144,7 @@ class DecodeCall:
         Raises:
             InstanceLost: the stream ended; or the error that the instance raised.
         """
-        with _instance_errors(self._peer, is_masked=self._write_failed):
+        with _instance_errors(self._peer, lambda: self._write_failed):
             message = await self._call.read()
         if message is _END:
             raise InstanceLost(f"{self._peer} ended the stream before its finish reason")

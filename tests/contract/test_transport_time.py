@@ -56,6 +56,37 @@ def test_5_deadline_is_looked_at_before_every_piece(rig: Rig) -> None:
     assert rig.reader.statistics().num_timed_out == 2
 
 
+@pytest.mark.parametrize("ended_by", ["deadline", "cancellation", "closed region"])
+@pytest.mark.parametrize("piece_nbytes", [1000, LARGE_NBYTES // 2])
+def test_5_7_and_14_the_last_piece_is_no_exception(
+    large: Rig, piece_nbytes: int, ended_by: str
+) -> None:
+    remote = large.attach()
+    control = TransferControl()
+    told: list[int] = []
+
+    def landed(offset: int, nbytes: int) -> None:
+        told.append(nbytes)
+        if ended_by == "deadline":
+            large.advance(2)
+        elif ended_by == "cancellation":
+            control.cancel()
+        else:
+            remote.close()
+
+    with pytest.raises((TransferTimedOut, TransferCancelled, TransportClosed)):
+        large.reader.pull(
+            remote,
+            large.local,
+            [Run(0, 0, 2 * piece_nbytes)],
+            deadline_s=large.now_s() + 1,
+            piece_nbytes=piece_nbytes,
+            landed=landed,
+            control=control,
+        )
+    assert told == [piece_nbytes]
+
+
 def test_5_grant_that_ran_out_is_refused_before_and_after_the_bytes(rig: Rig) -> None:
     remote = rig.attach(rig.describe(writable=True, expires_in_s=3))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from snowskin.transport.errors import BadFrame
-from snowskin.transport.frames import Data, Done, Fail
+from snowskin.transport.frames import Data, Done, Fail, encode
 from snowskin.transport.runs import Run
 from snowskin.transport.tcp.connection import WAIT_S
 from snowskin.transport.tcp.settings import TcpSettings
@@ -28,8 +28,8 @@ SOURCE = np.random.default_rng(5).integers(0, 256, NBYTES, dtype=np.uint8)
 class Answers:
     """An owner that pauses before the last bytes of each pull, and then hears what the reader says."""
 
-    def __init__(self, *, pause_s=0.0):
-        self.pause_s = pause_s
+    def __init__(self, *, pause_s=0.0, frame_nbytes=NBYTES):
+        self.pause_s, self.frame_nbytes = pause_s, frame_nbytes
         self.asked, self.heard = [], []
 
     def __call__(self, stream):
@@ -37,11 +37,14 @@ class Answers:
         while ask is not None:
             self.asked.append(ask)
             payload = b"".join(SOURCE[there : there + size].tobytes() for there, size in ask.ranges)
-            stream.say(Data(op=ask.op, nbytes=len(payload)))
-            stream.send(payload[:-100])
+            frames = b""
+            for start in range(0, len(payload), self.frame_nbytes):
+                part = payload[start : start + self.frame_nbytes]
+                frames += encode(Data(op=ask.op, nbytes=len(part))) + part
+            stream.send(frames[:-100])
             if self.pause_s and stream.is_over(self.pause_s):
                 break
-            stream.send(payload[-100:])
+            stream.send(frames[-100:])
             if ask.wants_done:
                 self.heard.append(stream.hear())
             ask = next_ask(stream)
@@ -106,12 +109,16 @@ def test_whose_pieces_are_looked_at_announces_done_as_well():
         pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None)
         pull([Run(0, 0, DONE_FROM_NBYTES)], landed=lambda offset, nbytes: None, on_loop=True)
         eventually(lambda: len(answers.heard) == 2, WITHIN_S)
+    assert answers.heard == [Done(op=ask.op, note=b"") for ask in answers.asked]
 
 
+@pytest.mark.parametrize("frame_nbytes", [NBYTES, 7_001, DONE_FROM_NBYTES - 50])
 @pytest.mark.parametrize("piece_nbytes", [30_000, 99_950, NBYTES])
 @pytest.mark.parametrize("on_loop", [False, True], ids=["on a thread", "on the loop"])
-def test_pieces_are_told_whole_and_once_though_one_stands_still(piece_nbytes, on_loop):
-    answers, told = Answers(pause_s=2.5 * WAIT_S), []
+def test_pieces_are_told_whole_and_once_though_one_stands_still(
+    piece_nbytes, frame_nbytes, on_loop
+):
+    answers, told = Answers(pause_s=2.5 * WAIT_S, frame_nbytes=frame_nbytes), []
     with RawOwner(answers) as owner, pulls_from(owner) as pull:
         pull(
             [Run(7, 5, DONE_FROM_NBYTES)],

@@ -28,6 +28,7 @@ from snowskin.transport.tcp.connection import MIN_HEARTBEAT_S
 from snowskin.transport.tcp.keeper import Keeper
 from snowskin.transport.tcp.transport import NUM_DIALING, TcpTransport
 from tests.support.raw_tcp import WELCOME, RawOwner, changed, greeted, next_ask
+from tests.support.waiting import eventually
 
 NBYTES, WITHIN_S = 4096, 5.0
 RUNS = [Run(0, 0, 1000)]
@@ -248,6 +249,40 @@ def test_an_owner_that_went_is_counted_once_whoever_meets_it_first(is_seen_by_ke
             for _ in range(2):
                 with pytest.raises(PeerLost):
                     rig.pull()
+            assert rig.transport.statistics().num_peers_lost == 1
+
+
+def test_an_owner_that_went_is_counted_once_though_two_pulls_met_its_end_one_after_the_other():
+    asked, cut = threading.Semaphore(0), [threading.Event(), threading.Event()]
+
+    def begin(stream):
+        ask = greeted(stream)
+        stream.send(encode(Data(op=ask.op, nbytes=1000)) + bytes(10))
+        mine = cut[0 if stream is owner._streams[0] else 1]
+        asked.release()
+        mine.wait(WITHIN_S)
+
+    with contextlib.ExitStack() as living:
+        owner = living.enter_context(RawOwner(begin))
+        with Rig(owner) as rig:
+            errors = []
+
+            def pull():
+                try:
+                    rig.pull()
+                except PeerLost as error:
+                    errors.append(error)
+
+            pulls = [threading.Thread(target=pull) for _ in cut]
+            for thread in pulls:
+                thread.start()
+                assert asked.acquire(timeout=WITHIN_S)
+            owner.stop_listening()
+            for number, ended in enumerate(cut, 1):
+                ended.set()
+                eventually(lambda number=number: len(errors) == number, WITHIN_S)
+            for thread in pulls:
+                thread.join(WITHIN_S)
             assert rig.transport.statistics().num_peers_lost == 1
 
 

@@ -246,9 +246,14 @@ class RawOwner:
         self._threads[0].start()
         return self
 
+    def stop_listening(self) -> None:
+        """Whoever connects from now on is refused."""
+        if self._listener.fileno() >= 0:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+
     def __exit__(self, kind: object, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.stop_listening()
         self._threads[0].join(PATIENCE_S)
         for stream in self._streams:
             with contextlib.suppress(OSError):

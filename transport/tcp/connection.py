@@ -494,9 +494,9 @@ class Connection:
         assert isinstance(fail, Fail)
         self._start += HEAD_NBYTES + head.nbytes
         if fail.op not in (0, op):
-            if 0 < (op - fail.op) % _OPS < _OPS // 2:
-                # The owner gave it up while its DONE was on the way; the next one goes over another connection.
-                raise PeerLost(f"{self.peer} ended transfer {fail.op}, the one before {op}")
+            if op and not self.is_pushing and 0 < (op - fail.op) % _OPS < _OPS // 2:
+                # The owner gave it up while its DONE was on the way; this one goes over another connection.
+                raise PeerLost(f"{self.peer} ended transfer {fail.op}, an earlier one than {op}")
             raise BadFrame(f"{self.peer} refused transfer {fail.op}, where {op} was asked for")
         self.is_reusable = fail.op == op and fail.reason in _LIVES_ON and not self.num_ahead
         raise error_of(fail, self.peer)

@@ -42,6 +42,7 @@ class Link:
         peer: its name in errors: `tcp://` and its first address.
         paths: guarded by `lock`.
         gate: what transfers pass first.
+        is_reached: the owner answered since it was lost last.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Link:
         """No connection yet."""
         self.peer = f"tcp://{reachability.addresses[0]}"
         self.reachability = reachability
-        self.paths = PathSet(paths)
+        self.paths = PathSet(paths, max_streams=settings.max_streams)
         self.path_names = tuple(path.name for path in self.paths.paths)
         self.has_many_paths = len(self.path_names) > 1
         self.lock = threading.Lock()
@@ -106,12 +107,12 @@ class Link:
             self.gate.let_in()
         if not is_kept:
             connection.close()
+            self.look_whether_lost()
 
     def num_streams(self, nbytes: int) -> int:
         """How many connections a pull over the only path is worth, by what was measured."""
         with self.lock:
-            worth = self.paths.num_streams(self.path_names[0], nbytes)
-        return min(worth, self._settings.max_streams)
+            return self.paths.num_streams(self.path_names[0], nbytes)
 
     def measured_one_stream(self, nbytes: int, seconds: float) -> None:
         """A pull over the only path used one connection, for so long."""
@@ -210,11 +211,9 @@ class Link:
                     self.paths.failed(path, time.monotonic())
                 if connection is not None:
                     self.busy.pop(connection, None)
-                is_lost = not (self.num_open or self.paths.alive())
-            if is_lost:
-                self._keeper.count_lost(self)
             if connection is not None:
                 connection.close()
+            self.look_whether_lost()
             if isinstance(error, OSError):  # what the peer did is PeerLost already
                 raise TransportUnavailable(
                     f"no connection to {self.peer} can be opened here: {error.strerror or error}",
@@ -229,6 +228,7 @@ class Link:
             is_kept = self._keep(connection)
         if not is_kept:
             connection.close()
+            self.look_whether_lost()
 
     def discard(self, connection: Connection) -> None:
         """Its transfer failed: nothing of it may land any more."""
@@ -266,6 +266,20 @@ class Link:
         """A connection of this path broke though it was new, or its owner is silent."""
         with self.lock:
             self.paths.failed(path, time.monotonic())
+
+    def count_lost(self) -> None:
+        """The owner is gone, or silent: counted once until it is reached again."""
+        with self.lock:
+            is_news, self.is_reached = self.is_reached, False
+        if is_news:
+            self._keeper.count_peer_lost()
+
+    def look_whether_lost(self, *, broke: bool = False) -> None:
+        """Where no connection is open and no path lives, the owner is gone; where the last one `broke`, at once."""
+        with self.lock:
+            is_lost = not self.num_open and (broke or not self.paths.alive())
+        if is_lost:
+            self.count_lost()
 
     def all_idle(self) -> Iterator[Connection]:
         """Guarded by `lock`."""

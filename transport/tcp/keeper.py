@@ -176,7 +176,7 @@ class Keeper:
         else:
             self._close(connection, link)
             if not link.num_open:
-                self.count_lost(link)
+                link.count_lost()
 
     def _drain(self, connection: Connection, link: Link, at_end: Callable[[], None]) -> None:
         """Throws away what the owner still says; at its end nothing of the push can land any more."""
@@ -245,7 +245,13 @@ class Keeper:
         settings = self._settings
         idle = sorted(link.all_idle(), key=lambda each: each.idle_since_s)
         num_too_many = max(0, len(idle) - settings.max_idle_connections_to_peer)
-        newest = {connection.path.name: connection for connection in idle}.values()
+        newest = [
+            connection
+            for path, connections in link.idle.items()
+            for connection in sorted(connections, key=lambda each: -each.idle_since_s)[
+                : link.paths.most_streams(path)
+            ]
+        ]
         spare_s = min(settings.max_spare_idle_s, settings.max_idle_s)
         surplus = [
             connection
@@ -286,13 +292,11 @@ class Keeper:
         if self._is_pong(connection):
             self._rest(connection, link)
             return
-        self.count_lost(link)
+        link.count_lost()
         link.failed(connection.path.name)
         self._close(connection, link)
 
-    def count_lost(self, link: Link) -> None:
-        """No connection to this owner is left, and none can be had: once until it is reached again. From any thread."""
+    def count_peer_lost(self) -> None:
+        """An owner is gone. From any thread."""
         with self._lock:
-            if link.is_reached:
-                link.is_reached = False
-                self.num_peers_lost += 1
+            self.num_peers_lost += 1

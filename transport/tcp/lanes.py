@@ -279,6 +279,7 @@ class StripedPull:
     def _lose(
         self, lane: Lane, job: LaneJob, connection: Connection | None, error: PeerLost
     ) -> None:
+        self._link.look_whether_lost(broke=not self.is_over)
         was_stale = connection is not None and connection.was_idle and not job.heard
         if job.heard and not self._has_resumed and not self._link.has_many_paths:
             # Not blamed for that: the owner says on a new connection why it cut this one, or goes on.

@@ -24,8 +24,8 @@ _prctl.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
 def nap() -> None:
     """Sleeps for `NAP_S`, on the calling thread."""
     slack_ns = _prctl(_GET_SLACK, 0, 0, 0, 0)
-    _prctl(_SET_SLACK, _LEAST_SLACK_NS, 0, 0, 0)
     try:
+        _prctl(_SET_SLACK, _LEAST_SLACK_NS, 0, 0, 0)
         time.sleep(NAP_S)
     finally:
         _prctl(_SET_SLACK, max(slack_ns, 0), 0, 0, 0)  # 0: the thread's default

@@ -281,6 +281,8 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
                 job.check()
         if landed is not None:
             job.moved(piece, piece_end - piece)
+            if at < end:
+                job.check()  # whoever looked may have ended it, or taken long
     job.is_asked = False
     return True
 

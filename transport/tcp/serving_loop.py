@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from snowskin.transport.words import Completion
 
 HEARD_NBYTES = 128 << 10  # more than the longest frame that is no DATA
-TURN_NBYTES = 2 << 20  # what moves between two looks at who has something to say
+# What moves between two looks at who has something to say; what is lent to a reader that is alone may be more, up to
+# what its stream takes at once.
+TURN_NBYTES = 2 << 20
 PIECE_COST_NBYTES = 16 << 10  # a small piece takes as long as so many bytes
 SMALL_NBYTES = 64 << 10  # what such a transfer moves goes at once, whatever waits
 MAX_EVENTS = 256

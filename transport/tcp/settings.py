@@ -105,7 +105,7 @@ class TcpSettings:
         max_connections_to_peer: open at once to one owner, over all paths.
         max_idle_connections_to_peer: kept open for the next transfers.
         max_idle_s: after so long without a transfer a connection is closed.
-        max_spare_idle_s: the same for all but the one of each path that was used last.
+        max_spare_idle_s: the same for those that no path is in use with any more: more than it is worth streams.
         max_nbytes_in_flight: asked of one owner at once.
         done_from_nbytes: pulls of so much end with DONE, so that their owner may send by reference.
         spin_s: how long a thread that waits for a short answer looks again before it sleeps.

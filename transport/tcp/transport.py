@@ -324,6 +324,7 @@ class TcpTransport(OrderedTransport):
                 break
             except PeerLost as error:
                 _let_go(link, connection, job, error)
+                link.look_whether_lost(broke=not job.was_given_up())
                 tries.check(error, connection)
             except BaseException as error:
                 _let_go(link, connection, job, error)
@@ -355,6 +356,7 @@ class TcpTransport(OrderedTransport):
                     break
                 except PeerLost as error:
                     link.discard(connection)
+                    link.look_whether_lost(broke=not job.was_given_up())
                     tries.check(error, connection)
                 except BaseException as error:
                     link.give_back(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +11,9 @@ from snowskin.transport.errors import PeerLost
 from snowskin.transport.paths import MANY_STREAMS_FROM_NBYTES, Path, PathSet, StreamChoice
 from snowskin.transport.runs import Run
 from snowskin.transport.stripes import Lane, Stripes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MIB = 1 << 20
 
@@ -324,6 +328,38 @@ def test_streams_are_kept_only_once_they_were_better_twice_in_a_row() -> None:
         assert choice.num_streams(64 * MIB) == 1
     choice.measured(64 * MIB, num_streams=2, seconds=0.5)
     assert choice.num_streams(64 * MIB) == 2
+
+
+def tries(choice: StreamChoice, seconds_of: Callable[[int, int], float], number: int) -> list[int]:
+    """Counts that were tried beside the kept one 1, where request `n` over `count` takes `seconds_of(n, count)`."""
+    counts = []
+    for request in range(number):
+        counts.append(choice.num_streams(64 * MIB))
+        choice.measured(64 * MIB, num_streams=counts[-1], seconds=seconds_of(request, counts[-1]))
+    return [count for count in counts if count != 1]
+
+
+def test_single_slow_requests_bring_no_tries_back() -> None:
+    slow = tries(StreamChoice(), lambda n, count: 2.0 if count > 1 or n % 3 == 0 else 1.0, 3000)
+    assert len(slow) < 10
+
+
+def test_a_way_that_became_slow_is_looked_at_anew_soon() -> None:
+    choice = StreamChoice()
+    tries(choice, lambda n, count: float(count), 3000)
+    assert 2 in tries(choice, lambda n, count: 4.0 / count, 20)
+
+
+@pytest.mark.parametrize(("most", "tried"), [(1, set()), (2, {2}), (3, {2}), (4, {2, 4})])
+def test_never_more_streams_are_tried_than_may_be_used(most: int, tried: set[int]) -> None:
+    assert set(tries(StreamChoice(most), lambda n, count: float(count), 3000)) == tried
+
+
+def test_two_counts_that_were_better_once_each_are_not_one_that_was_twice() -> None:
+    choice = StreamChoice()
+    for count, seconds in ((1, 1.0), (2, 0.5), (4, 0.5)):
+        choice.measured(64 * MIB, num_streams=count, seconds=seconds)
+    assert choice.num_streams(64 * MIB) == 1
 
 
 def test_sizes_are_judged_apart() -> None:

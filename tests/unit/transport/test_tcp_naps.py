@@ -25,11 +25,12 @@ def test_a_nap_is_shorter_than_a_sleep_of_its_length() -> None:
     if slack_ns() < naps.NAP_S * 1e9:
         pytest.skip("this thread's sleeps are as short already")
     slept_s = [(took_s(naps.nap), took_s(time.sleep, naps.NAP_S)) for _ in range(200)]
-    napped, slept = (statistics.median(each) for each in zip(*slept_s, strict=True))
+    # Of the quick ones: how long the others wait for a core, others decide.
+    napped, slept = (statistics.quantiles(each, n=10)[0] for each in zip(*slept_s, strict=True))
     assert naps.NAP_S <= napped < slept
 
 
-@pytest.mark.parametrize("before_ns", [1, 50_000, 123_456])
+@pytest.mark.parametrize("before_ns", [20_000, 50_000, 123_456])
 def test_a_nap_leaves_the_threads_slack_as_it_was(before_ns: int) -> None:
     own_ns = slack_ns()
     naps._prctl(naps._SET_SLACK, before_ns, 0, 0, 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,8 +13,8 @@ from snowskin.transport.descriptor import RegionDescriptor
 from snowskin.transport.errors import PeerBusy
 from snowskin.transport.frames import Fail, encode
 from snowskin.transport.grants import GrantTable
-from snowskin.transport.memory import region_of
-from snowskin.transport.tcp import serving_loop
+from snowskin.transport.memory import Lendable, region_of
+from snowskin.transport.tcp import served_transfer, serving_loop
 from snowskin.transport.tcp.admission import Admission
 from snowskin.transport.tcp.serving import ServedConnection
 from snowskin.transport.tcp.serving_loop import Link, ServingLoop
@@ -21,7 +23,7 @@ from tests.support.raw_tcp import HELLO, RawStream, ask_of
 
 CHUNK_NBYTES = 100_000
 NBYTES = 3 * CHUNK_NBYTES
-SETTINGS = TcpSettings(chunk_nbytes=CHUNK_NBYTES)
+SETTINGS = TcpSettings(chunk_nbytes=CHUNK_NBYTES, lend_from_nbytes=NBYTES)
 
 
 class Ledger:
@@ -57,17 +59,19 @@ class WrittenDown:
 class House:
     """A loop whose turns the test takes, and its readers by name."""
 
-    def __init__(self, stack):
+    def __init__(self, stack, lending=None):
         self.stack = stack
+        self.lends = lending is not None
         self.now_s = 100.0
         self.order = []
         self.admission = Admission(most=99, most_per_peer=99, is_busy=lambda link: link.is_busy)
         self.loop = ServingLoop("never started", self.admission, now_s=lambda: self.now_s)
         self.grants = GrantTable()
         self.descriptor = RegionDescriptor(scheme="tcp", capability=b"c" * 16, nbytes=NBYTES)
-        self.grants.add(
-            self.descriptor, stack.enter_context(region_of(bytearray(NBYTES))), None, now_s=0.0
-        )
+        memory = bytearray(NBYTES)
+        registered = Lendable(memory=memory, lending=lending) if self.lends else memory
+        region = stack.enter_context(region_of(registered))
+        self.grants.add(self.descriptor, region, None, now_s=0.0)
         self.links, self.readers = {}, {}
         stack.callback(self.loop.close)
 
@@ -75,7 +79,14 @@ class House:
         near, far = socket.socketpair()
         near.setblocking(False)
         self.readers[name] = self.stack.enter_context(RawStream(far))
-        served = ServedConnection(self.grants, SETTINGS, Ledger(), peer=name, now_s=self.now_s)
+        served = ServedConnection(
+            self.grants,
+            SETTINGS,
+            Ledger(),
+            peer=name,
+            now_s=self.now_s,
+            may_lend=lambda: self.lends,
+        )
         link = Link(WrittenDown(name, near, self.order), served, self.loop, holds_bytes=False)
         self.links[name] = link
         self.admission.enter(link, name)
@@ -85,7 +96,8 @@ class House:
         self.readers[name].hear()
 
     def ask(self, name, traffic, nbytes=NBYTES):
-        self.readers[name].say(ask_of(self.descriptor, [(0, nbytes)], traffic=traffic))
+        ask = ask_of(self.descriptor, [(0, nbytes)], traffic=traffic, wants_done=self.lends)
+        self.readers[name].say(ask)
 
     def turn(self):
         self.loop.call(lambda: None)  # so that it waits for nothing
@@ -95,6 +107,23 @@ class House:
         for _ in range(100):
             self.turn()
         return "".join(self.order)
+
+
+class AllLent:
+    """Lends whatever it is asked for."""
+
+    fd = -1
+
+    def lendable(self, offset, nbytes):
+        return offset, nbytes
+
+    def lend(self, ranges):
+        return SimpleNamespace(ranges=tuple(ranges))
+
+    def settle(self, loan):
+        pass
+
+    forsake = settle
 
 
 @pytest.fixture
@@ -159,6 +188,28 @@ def test_a_connection_that_cannot_be_watched_is_ended_and_holds_no_place(house, 
         house.loop.adopt(link)
     assert (len(house.admission), house.loop.num_links) == (0, 0)
     assert reader.hear() is None
+
+
+def test_only_who_is_alone_sends_much_by_reference_at_once(monkeypatch):
+    asked_for = []
+
+    def sendfile(fd, source, offset, nbytes):
+        asked_for.append(nbytes)
+        return min(nbytes, 1000)  # and waits until the stream takes more
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(served_transfer, "LENT_NBYTES", 2000)
+    monkeypatch.setattr(served_transfer, "LENT_ALONE_NBYTES", 8000)
+    with contextlib.ExitStack() as stack:
+        house = House(stack, AllLent())
+        for name in "ab":
+            house.add(name)
+        house.ask("a", 0)
+        house.turn()
+        assert asked_for == [8000]
+        house.ask("b", 0)
+        house.turn()  # in which both have a turn
+        assert sorted(asked_for[1:]) == [2000, 8000]  # the last one has no other behind it
 
 
 def test_a_small_one_waits_for_nobody(house, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 
@@ -23,22 +25,31 @@ class EndedCall:
             status, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), "over", None
         )
 
+        self.written = asyncio.Event()
+
     async def write(self, message: object) -> None:
+        self.written.set()
         raise self.error
 
     async def read(self) -> object:
+        await self.written.wait()
         raise self.error
 
 
 async def test_a_write_that_met_the_end_of_its_call_leaves_a_lost_instance():
     call = DecodeCall(EndedCall(grpc.StatusCode.INTERNAL), "decode-0")
+    reading = asyncio.create_task(call.read())  # as the conductor does, before it hands off
+    await asyncio.sleep(0)
     await call.hand_off(Handoff(first_token_id=1, position=1))
-    with pytest.raises(InstanceLost, match="decode-0"):
-        await call.read()
+    for read in (reading, call.read()):
+        with pytest.raises(InstanceLost, match="decode-0"):
+            await read
 
 
 async def test_internal_error_of_an_instance_that_took_all_writes_is_its_own():
-    call = DecodeCall(EndedCall(grpc.StatusCode.INTERNAL), "decode-0")
+    ended = EndedCall(grpc.StatusCode.INTERNAL)
+    ended.written.set()
+    call = DecodeCall(ended, "decode-0")
     with pytest.raises(SnowskinError, match="INTERNAL") as raised:
         await call.read()
     assert not isinstance(raised.value, InstanceLost)
