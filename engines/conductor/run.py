@@ -9,8 +9,9 @@ decode. Rules kept here:
 - a decode that is lost after the hand-off is replayed: prompt and emitted tokens are the prompt of
   a new attempt with its own id. Sampling depends on seed and position only, so the text continues
   as it would have: no token is emitted twice, none is left out;
-- only a lost instance (UNAVAILABLE) or a full one (RESOURCE_EXHAUSTED) is tried elsewhere, each
-  stage `max_retries` times; every other error is the request's;
+- only a lost instance (UNAVAILABLE, or a call whose end gRPC hides) or a full one
+  (RESOURCE_EXHAUSTED) is tried elsewhere, each stage `max_retries` times; every other error is the
+  request's;
 - cancelling `work` cancels both calls and waits until they are over;
 - an attempt that decode did not finish leaves nothing for it at the nodes.
 """
