@@ -286,6 +286,31 @@ def test_an_owner_that_went_is_counted_once_though_two_pulls_met_its_end_one_aft
             assert rig.transport.statistics().num_peers_lost == 1
 
 
+def test_of_idle_connections_the_oldest_is_used_first():
+    barrier, num_asked = threading.Barrier(3), []
+
+    def serve(stream):
+        number = len(num_asked)
+        num_asked.append(0)
+        ask = greeted(stream)
+        barrier.wait(WITHIN_S)
+        while ask is not None:
+            answer(stream, ask)
+            num_asked[number] += 1
+            ask = next_ask(stream)
+
+    with RawOwner(serve) as owner, Rig(owner) as rig:
+        pulls = [threading.Thread(target=rig.pull) for _ in range(3)]
+        for number, thread in enumerate(pulls, 1):
+            thread.start()
+            eventually(lambda number=number: len(num_asked) == number, WITHIN_S)
+        for thread in pulls:
+            thread.join(WITHIN_S)
+        for _ in range(4):
+            rig.pull()
+    assert num_asked == [5, 1, 1]
+
+
 def test_an_owner_that_was_never_reached_is_not_lost():
     with RawOwner(lambda stream: None) as owner:
         pass

@@ -96,7 +96,7 @@ class Connection:
         heartbeat_s: how often it says PING while it is idle, so that the owner keeps it.
         is_reusable: between two transfers, in order: it may serve the next one.
         was_idle: it has waited in a pool since its last use, and may have died there.
-        idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
+        opened_at_s, idle_since_s, spoke_at_s: monotonic, for whoever keeps it while it is idle.
         done_from_nbytes: a pull of so much ends with DONE, note or not.
         has_asked: `swap` or `ask` sent its request.
         frame_left_nbytes: of a DATA that was begun, for who goes on with it.
@@ -130,6 +130,7 @@ class Connection:
         "is_pushing",
         "is_reusable",
         "is_tls",
+        "opened_at_s",
         "path",
         "peer",
         "spoke_at_s",
@@ -154,6 +155,7 @@ class Connection:
         self.is_reusable = False
         self.was_idle = self.hung_up = self.wants_room = self.is_pushing = self.has_asked = False
         self.idle_since_s = self.spoke_at_s = 0.0
+        self.opened_at_s = time.monotonic()
         self._buffer = bytearray(SCRATCH_NBYTES)
         self._scratch = memoryview(self._buffer)
         self._start = self._end = 0  # of what lies in the scratch and was not taken

@@ -6,6 +6,7 @@ to closes it, others interrupt it; a path that failed is left alone for a while.
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 import weakref
@@ -301,8 +302,14 @@ class Link:
             self.num_open -= 1
             return False
         connection.idle_since_s = connection.spoke_at_s = time.monotonic()
-        self.idle[connection.path.name].append(connection)
+        self.put_idle(connection)
         return True
+
+    def put_idle(self, connection: Connection) -> None:
+        """Guarded by `lock`: the oldest is taken first, for the kernel has measured how much it can take."""
+        bisect.insort(
+            self.idle[connection.path.name], connection, key=lambda each: -each.opened_at_s
+        )
 
     def _by_business(self) -> list[str]:
         """Guarded by `lock`: living paths, the one first that would be through first."""

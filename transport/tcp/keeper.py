@@ -192,7 +192,7 @@ class Keeper:
         assert self._epoll is not None
         self._epoll.modify(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
         with link.lock:
-            link.idle[connection.path.name].insert(0, connection)
+            link.put_idle(connection)
 
     def _close(self, connection: Connection, link: Link) -> None:
         self._watched.pop(connection.fd, None)

@@ -55,6 +55,7 @@ def run(options: BenchOptions) -> Report:
         Memory(SMOKE_POOL_NBYTES if options.smoke else POOL_NBYTES) as memory,
         open_pairs(contestants, memory, folders) as pairs,
     ):
+        pages = memory.pages
         for pair in pairs.values():
             missing |= pair.missing
         for shape in SMOKE_SHAPES if options.smoke else SHAPES:
@@ -76,7 +77,12 @@ def run(options: BenchOptions) -> Report:
         bench="transfer",
         host=host_facts(),
         rows=(*rows, *more_rows),
-        notes=(*peers.told(missing), sizes.NOTE, *more_notes),
+        notes=(
+            *peers.told(missing),
+            f"all memory but memcpy's copy: {pages}",
+            sizes.NOTE,
+            *more_notes,
+        ),
     )
 
 

@@ -22,6 +22,8 @@ import numpy as np
 
 from snowskin.tools.bench.transfer.end import EndSpec, Json
 from snowskin.transport.errors import SnowskinError
+from snowskin.transport.mapping import ALIGN_NBYTES, Mapping
+from snowskin.transport.pages import collapse, page_use
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -340,7 +342,11 @@ def _prepare_order(name: str, shape: Shape, *, checked: bool) -> Json:
 
 
 class Memory:
-    """The pool, filled, and the landing memory, both memfds of all pairs; a context manager."""
+    """The pool, filled, and the landing memory, both memfds of all pairs; a context manager.
+
+    Attributes:
+        pages: what lies under both. Huge ones where the kernel joins them, as under a node's pool.
+    """
 
     def __init__(self, nbytes: int) -> None:
         """Fills the pool so that no two words of it are the same."""
@@ -349,6 +355,9 @@ class Memory:
         self.landing_fd = self._memfd("landing", nbytes)
         words = np.arange(nbytes // 8, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15)
         os.pwrite(self.pool_fd, words.data, 0)
+        self.pages = " and ".join(
+            dict.fromkeys(_joined_pages(fd, nbytes) for fd in (self.pool_fd, self.landing_fd))
+        )
 
     @staticmethod
     def _memfd(name: str, nbytes: int) -> int:
@@ -367,6 +376,14 @@ class Memory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _joined_pages(fd: int, nbytes: int) -> str:
+    """Has the kernel join the pages of a memfd, as `Arena` does; what lies under it then."""
+    mapping = Mapping(fd, nbytes, writable=True)
+    if whole_nbytes := nbytes // ALIGN_NBYTES * ALIGN_NBYTES:
+        collapse(mapping.address, whole_nbytes)  # where it does not, that is seen
+    return str(page_use(mapping.address))
 
 
 @contextlib.contextmanager
