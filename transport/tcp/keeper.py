@@ -245,12 +245,11 @@ class Keeper:
         settings = self._settings
         idle = sorted(link.all_idle(), key=lambda each: each.idle_since_s)
         num_too_many = max(0, len(idle) - settings.max_idle_connections_to_peer)
-        newest = [
+        # The oldest ones are used first: see `Link.put_idle`.
+        in_use = [
             connection
             for path, connections in link.idle.items()
-            for connection in sorted(connections, key=lambda each: -each.idle_since_s)[
-                : link.paths.most_streams(path)
-            ]
+            for connection in connections[-link.paths.most_streams(path) :]
         ]
         spare_s = min(settings.max_spare_idle_s, settings.max_idle_s)
         surplus = [
@@ -258,7 +257,7 @@ class Keeper:
             for index, connection in enumerate(idle)
             if index < num_too_many
             or now_s - connection.idle_since_s
-            >= (settings.max_idle_s if connection in newest else spare_s)
+            >= (settings.max_idle_s if connection in in_use else spare_s)
         ]
         for connection in surplus:
             link.remove_idle(connection)
