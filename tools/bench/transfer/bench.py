@@ -79,7 +79,7 @@ def run(options: BenchOptions) -> Report:
         rows=(*rows, *more_rows),
         notes=(
             *peers.told(missing),
-            f"all memory but memcpy's copy: {pages}",
+            f"the pool: {pages}, as a node's",
             sizes.NOTE,
             *more_notes,
         ),

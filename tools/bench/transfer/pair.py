@@ -345,7 +345,8 @@ class Memory:
     """The pool, filled, and the landing memory, both memfds of all pairs; a context manager.
 
     Attributes:
-        pages: what lies under both. Huge ones where the kernel joins them, as under a node's pool.
+        pages: what lies under the pool. Huge ones where the kernel joins them, as a node's; the landing memory, which
+            is an engine's, keeps small ones.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -355,9 +356,7 @@ class Memory:
         self.landing_fd = self._memfd("landing", nbytes)
         words = np.arange(nbytes // 8, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15)
         os.pwrite(self.pool_fd, words.data, 0)
-        self.pages = " and ".join(
-            dict.fromkeys(_joined_pages(fd, nbytes) for fd in (self.pool_fd, self.landing_fd))
-        )
+        self.pages = _joined_pages(self.pool_fd, nbytes)
 
     @staticmethod
     def _memfd(name: str, nbytes: int) -> int:
@@ -383,7 +382,7 @@ def _joined_pages(fd: int, nbytes: int) -> str:
     mapping = Mapping(fd, nbytes, writable=True)
     if whole_nbytes := nbytes // ALIGN_NBYTES * ALIGN_NBYTES:
         collapse(mapping.address, whole_nbytes)  # where it does not, that is seen
-    return str(page_use(mapping.address))
+    return str(page_use(mapping.address) or "pages of which the kernel does not tell")
 
 
 @contextlib.contextmanager
