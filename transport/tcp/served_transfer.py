@@ -26,7 +26,9 @@ MAX_VIEWS = 1023  # of one piece; the kernel takes 1,024 with the head
 COPIED_FRAME_NBYTES = 2 << 20  # between two frames a peer can be told why its transfer ends
 # Sent at once; then it is looked again whose turn it is, and at the grant. The kernel copies to the end, and a control
 # call on the same core waits for it; while it sends by reference, it lets others run.
-COPIED_NBYTES = 1 << 20
+COPIED_NBYTES = 512 << 10
+# The same where a piece costs more than that is worth: what is 1 MiB in all, and what lies scattered.
+WHOLE_NBYTES = 1 << 20
 LENT_NBYTES = 2 << 20
 LENT_ALONE_NBYTES = 8 << 20  # where nobody else has a turn: more than most send buffers take
 LEAST_RANGE_RATIO = 1 / 32  # of the least loan: sendfile takes one range a call, sendmsg a thousand
@@ -110,6 +112,7 @@ class ServedTransfer:
         "_head",
         "_head_view",
         "_is_lent",
+        "_most_copied",
         "_num_head",
         "ask",
         "deadline_s",
@@ -133,6 +136,8 @@ class ServedTransfer:
         self.frame_left = 0
         self._cursor = Cursor(ask.ranges, nbytes)
         self._chunk_nbytes = chunk_nbytes
+        is_long = nbytes > max(WHOLE_NBYTES, len(ask.ranges) * COPIED_NBYTES)
+        self._most_copied = COPIED_NBYTES if is_long else WHOLE_NBYTES
         self._head = bytearray(HEAD_NBYTES)
         self._head_view = memoryview(self._head)
         self._num_head = HEAD_NBYTES if not ask.is_push else 0  # bytes of the head that moved
@@ -184,7 +189,7 @@ class ServedTransfer:
             self.frame_left = min(most, self._cursor.left)
             _HEAD.pack_into(self._head, 0, _DATA, 0, 0, self.ask.op, self.frame_left)
             self._num_head = 0
-        nbytes = min(self.frame_left, COPIED_NBYTES)
+        nbytes = min(self.frame_left, self._most_copied)
         if self.loan is not None:
             nbytes = min(nbytes, self._copied_nbytes(nbytes))
         views = self._cursor.views(memory, nbytes) if nbytes else []
