@@ -99,7 +99,6 @@ class StripedPull:
         job: Job,
         runs: Sequence[Run],
         *,
-        max_streams: int,
         num_streams: int,
         begin: Callable[[Callable[[], None]], object],
     ) -> None:
@@ -107,7 +106,6 @@ class StripedPull:
         self.job = job
         self.is_over = False
         self._link = link
-        self._max_streams = max_streams
         self._begin = begin
         self._error: BaseException | None = None
         self._lost: PeerLost | None = None
@@ -223,7 +221,7 @@ class StripedPull:
         return tuple(sorted(lanes, key=lambda lane: not self._link.paths.is_alive(lane.path)))
 
     def _open_in_thread(self, lane: Lane) -> None:
-        if lane.stream and (lane.stream >= self._max_streams or not self._link.has_room()):
+        if lane.stream and not self._link.has_room():
             with self._changed:
                 self._stripes.lost(lane, time.monotonic())
             return

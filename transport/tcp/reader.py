@@ -257,17 +257,15 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
         piece, piece_end = at, min(end, at + most_nbytes)
         while at < piece_end:
             if at == frame_end:
-                frame_nbytes = next_frame(op, end - at)
-                if not frame_nbytes:
-                    job.part_nbytes = at - piece if landed is not None else 0
-                    return False
-                frame_end = at + frame_nbytes
+                frame_end += next_frame(op, end - at)  # by 0 where something else came, or nothing
             until = piece_end if piece_end < frame_end else frame_end
-            begin_landing()
-            try:
-                got = receive(view[at:until], end - until)
-            finally:
-                end_landing()
+            got = 0
+            if at < until:
+                begin_landing()
+                try:
+                    got = receive(view[at:until], end - until)
+                finally:
+                    end_landing()
             at += got
             if landed is None:
                 job.landed_nbytes += got

@@ -45,8 +45,6 @@ def set_options_for_peer(stream: socket.socket, settings: TcpSettings) -> None:
 
 def is_on_this_host(stream: socket.socket) -> bool:
     """Whether a connected socket's peer surely is; False for one in another network namespace of this host."""
-    if stream.family == socket.AF_UNIX:
-        return True
     try:
         here, there = stream.getsockname()[0], stream.getpeername()[0]
     except OSError:  # gone again, as its user will find

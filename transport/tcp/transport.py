@@ -267,7 +267,6 @@ class TcpTransport(OrderedTransport):
             link,
             job,
             runs,
-            max_streams=num_streams or self._settings.max_streams,
             num_streams=num_streams,
             begin=functools.partial(self._lanes.submit, urgency=job.order.traffic),
         )

@@ -55,7 +55,6 @@ def run(options: BenchOptions) -> Report:
         Memory(SMOKE_POOL_NBYTES if options.smoke else POOL_NBYTES) as memory,
         open_pairs(contestants, memory, folders) as pairs,
     ):
-        pages = memory.pages
         for pair in pairs.values():
             missing |= pair.missing
         for shape in SMOKE_SHAPES if options.smoke else SHAPES:
@@ -79,7 +78,7 @@ def run(options: BenchOptions) -> Report:
         rows=(*rows, *more_rows),
         notes=(
             *peers.told(missing),
-            f"the pool: {pages}, as a node's",
+            f"the pool: {memory.pages}, as a node's",
             sizes.NOTE,
             *more_notes,
         ),
