@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from snowskin.transport.addresses import Address
 from snowskin.transport.errors import PeerLost
 from snowskin.transport.tcp.connection import NOTHING_YET, WAIT_S, Connection
-from snowskin.transport.tcp.sockets import set_options, set_options_for_peer
+from snowskin.transport.tcp.sockets import open_window, set_options, set_options_for_peer
 
 if TYPE_CHECKING:
     import ssl
@@ -82,6 +82,7 @@ def _connected(
             _bind(made, path)
             _connect(made, target, patience)
             set_options_for_peer(made, settings)
+            open_window(made, settings)
         except OSError as error:
             made.close()
             failure = error

@@ -2,10 +2,14 @@
 
 Rules kept here: small frames do not wait for more; peers that are gone are noticed by the kernel, whether it waits or
 sends (TCP_USER_TIMEOUT bounds what is unacknowledged, keepalive bounds silence); what goes to this same host is not
-paced.
+paced; who waits for payload opens its receive window before it comes.
 
 Some kernels pace by default (bbr): over loopback, where there is nothing to share, that halves the rate. Measured there
 for 16 MiB: 1.7 times faster without, with a quarter less CPU. Reno is in every kernel, and everybody may choose it.
+
+A new connection takes 64 KiB ahead, and the kernel opens that window only as fast as the reader reads. Measured over
+loopback, 16 MiB a pull: the first came at an eighth of the later rate, and it took ten to get there; with the window
+open from the start, the first comes at two thirds, the second at all of it. Pushes need no help.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from snowskin.transport.errors import TransportUnavailable
 
 if TYPE_CHECKING:
     from snowskin.transport.tcp.settings import TcpSettings
+
+WINDOW_NBYTES = 4 << 20
+"""What a peer may send ahead: the most that kernels keep to send (tcp_wmem), and 100 Gb/s for 0.3 ms."""
 
 _TCP = socket.IPPROTO_TCP
 
@@ -41,6 +48,18 @@ def set_options_for_peer(stream: socket.socket, settings: TcpSettings) -> None:
     """What depends on where the peer is; for a connected socket, on the side that sends the payload."""
     if settings.local_congestion_control and is_on_this_host(stream):
         _choose(stream, settings.local_congestion_control)
+
+
+def open_window(stream: socket.socket, settings: TcpSettings) -> None:
+    """Lets the peer of a connected socket send much from the first payload on; OSError where it is gone.
+
+    A low-water mark has the kernel make room for so much, at most half of what tcp_rmem allows, and leaves it free to
+    tune further; SO_RCVBUF would not, and rmem_max, often 208 KiB, would cap it.
+    """
+    if settings.receive_buffer_nbytes:
+        return  # so much and no more was wanted
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WINDOW_NBYTES)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def is_on_this_host(stream: socket.socket) -> bool:
