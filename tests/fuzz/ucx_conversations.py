@@ -102,11 +102,13 @@ class Thread:
         self.endpoint = Endpoint()
         self.worker = self
         self.address = b"where this side is"
+        self.delays_s: list[float] = []  # of the calls that are to come
 
     def connect(self, _address: bytes, _on_failure: object) -> Endpoint:
         return self.endpoint
 
-    def later(self, _delay_s: float, call: Callable[[], object]) -> Timer:
+    def later(self, delay_s: float, call: Callable[[], object]) -> Timer:
+        self.delays_s.append(delay_s)
         return Timer(call)
 
 

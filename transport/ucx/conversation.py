@@ -102,10 +102,17 @@ class Conversation:
     def check(self, now_s: float, *, silence_s: float, stall_s: float) -> None:
         """Loses a peer that is silent, or that takes nothing, for too long."""
         oldest_s = next(iter(self._posted.values()), now_s)
-        if now_s - self.heard_at_s > silence_s:
+        if now_s - self.heard_at_s >= silence_s:
             self.lose(f"said nothing for {now_s - self.heard_at_s:.1f} s")
-        elif now_s - oldest_s > stall_s:
+        elif now_s - oldest_s >= stall_s:
             self.lose(f"took nothing for {now_s - oldest_s:.1f} s")
+
+    def due_at_s(self, *, silence_s: float, stall_s: float) -> float:
+        """When `check` would lose it, if nothing more is heard or taken."""
+        silent_at_s = self.heard_at_s + silence_s
+        if not self._posted:
+            return silent_at_s
+        return min(silent_at_s, next(iter(self._posted.values())) + stall_s)
 
     def lose(self, why: str) -> None:
         """Ends it and tells why."""

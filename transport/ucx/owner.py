@@ -461,7 +461,7 @@ class Owner:
         session.conversation.close()
 
     def _keep_ticking(self) -> None:
-        """Has `_tick` called soon while anything is under way, else as often as readers speak."""
+        """Has `_tick` called soon while anything is under way, else when a reader would be silent for too long."""
         busy = bool(self._num_posted or any(each.served for each in self._sessions.values()))
         if self._tick_timer is not None and (self._ticks_fast or not busy):
             return
@@ -470,8 +470,18 @@ class Owner:
             self._tick_timer = None
         if self._sessions:
             self._ticks_fast = busy
-            delay_s = TICK_S if busy else self._settings.heartbeat_s
-            self._tick_timer = self._thread().later(delay_s, self._tick)
+            self._tick_timer = self._thread().later(self._tick_in_s(), self._tick)
+
+    def _tick_in_s(self) -> float:
+        """Seconds until somebody may have to be lost; nobody who comes meanwhile has to be before that."""
+        if self._ticks_fast:
+            return TICK_S
+        now_s, stall_s = time.monotonic(), self._settings.stall_s
+        dues_s = (
+            session.conversation.due_at_s(silence_s=session.silence_s, stall_s=stall_s) - now_s
+            for session in self._sessions.values()
+        )
+        return max(TICK_S, min(stall_s, self._settings.silence_s, *dues_s))
 
     def _tick(self) -> None:
         """Looks at who is silent and what took too long."""

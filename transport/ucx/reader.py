@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 MAX_RECONNECT_S = 2.0
 NUM_KEPT = 8  # chunks of memory, 1 MiB each
+SOON_S = 0.01
 GLANCE_S = 0.2  # how late a waiting transfer may see that a region was closed
 
 log = logging.getLogger("snowskin.transport.ucx")
@@ -442,7 +443,7 @@ class Reader:
         self._by_session[link.conversation.session] = link
         self.num_connected += 1
         if self._tick_timer is None:
-            self._tick_timer = self.thread().later(self.settings.heartbeat_s / 2, self._tick)
+            self._tick_timer = self.thread().later(self._tick_in_s(), self._tick)
         return link
 
     def forget(self, link: Link) -> bytes:
@@ -453,6 +454,24 @@ class Reader:
                 del self._links[address]
                 return address
         return b""
+
+    def _tick_in_s(self) -> float:
+        """Seconds until somebody is due; nobody who comes meanwhile is due before that."""
+        settings, now_s = self.settings, time.monotonic()
+        due_in_s = min(
+            settings.heartbeat_s, settings.connect_timeout_s, settings.silence_s, settings.stall_s
+        )
+        for link in self._links.values():
+            if not link.open:
+                due_at_s = link.began_at_s + settings.connect_timeout_s
+            else:
+                conversation = link.conversation
+                due_at_s = min(
+                    conversation.said_at_s + settings.heartbeat_s,
+                    conversation.due_at_s(silence_s=settings.silence_s, stall_s=settings.stall_s),
+                )
+            due_in_s = min(due_in_s, due_at_s - now_s)
+        return max(SOON_S, due_in_s)
 
     def _tick(self) -> None:
         """Says PING to those who heard nothing for a while, loses those who say nothing, leaves who is not needed."""
@@ -468,11 +487,11 @@ class Reader:
                 self.forget(link)
                 link.end(PeerLost(f"all regions of {conversation.peer} were closed"))
                 continue
-            if not link.open and now_s - link.began_at_s > settings.connect_timeout_s:
+            if not link.open and now_s - link.began_at_s >= settings.connect_timeout_s:
                 conversation.lose(f"did not answer within {settings.connect_timeout_s} s")
                 continue
             if link.open and now_s - conversation.said_at_s >= settings.heartbeat_s:
                 conversation.say(Ping(op=1))
             conversation.check(now_s, silence_s=settings.silence_s, stall_s=settings.stall_s)
         if self._links:
-            self._tick_timer = self.thread().later(settings.heartbeat_s / 2, self._tick)
+            self._tick_timer = self.thread().later(self._tick_in_s(), self._tick)

@@ -385,6 +385,21 @@ def test_peer_cannot_ask_to_be_remembered_for_days() -> None:
     assert welcome.idle_timeout_ms == 3 * MAX_HEARTBEAT_S * 1000
 
 
+def test_idle_owner_looks_when_somebody_could_be_lost_and_not_before() -> None:
+    stage = OwnerStage()
+    stage.greet()
+    (first_s,) = stage.thread.delays_s
+    assert first_s == min(SETTINGS.stall_s, SETTINGS.silence_s)  # who greets next could be by then
+    stage.owner._tick()
+    (session,) = stage.owner._sessions.values()
+    session.conversation.heard_at_s -= SETTINGS.silence_s - 1.0
+    stage.owner._tick()
+    assert stage.thread.delays_s[-1] == pytest.approx(1.0, abs=0.2)
+    session.conversation.heard_at_s -= 1.0
+    stage.owner._tick()
+    assert stage.owner.num_sessions == 0
+
+
 def test_owner_that_closes_says_so() -> None:
     stage = OwnerStage()
     stage.greet()

@@ -226,10 +226,25 @@ def test_peer_that_takes_nothing_is_lost_and_lets_go_of_the_memory() -> None:
     began_s = talk.said_at_s
     talk.check(began_s + 2.9, silence_s=100.0, stall_s=3.0)
     assert not lost
+    assert talk.due_at_s(silence_s=100.0, stall_s=3.0) == pytest.approx(began_s + 3.0, abs=0.1)
     talk.check(began_s + 3.1, silence_s=100.0, stall_s=3.0)
     assert "slow took nothing for 3.1 s" in str(lost[0])
     assert let_go == ["memory"]
     assert len(lost) == 1
+
+
+def test_idle_reader_looks_when_it_has_to_say_something_and_not_before() -> None:
+    stage = ReaderStage()
+    assert stage.thread.delays_s == [pytest.approx(SETTINGS.heartbeat_s, abs=0.2)]
+    (link,) = stage.reader._links.values()
+    link.conversation.said_at_s -= SETTINGS.heartbeat_s - 0.5
+    stage.reader._tick()
+    assert stage.thread.delays_s[-1] == pytest.approx(0.5, abs=0.2)
+    link.conversation.said_at_s -= 0.5
+    num_said = len(stage.thread.endpoint.said)
+    stage.reader._tick()
+    assert len(stage.thread.endpoint.said) == num_said + 1  # PING
+    assert stage.thread.delays_s[-1] == pytest.approx(SETTINGS.heartbeat_s, abs=0.2)
 
 
 def test_reader_that_closes_says_so() -> None:
