@@ -248,6 +248,7 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
     end = at + run_nbytes
     frame_end = at + frame_nbytes
     most_nbytes = order.piece_nbytes if landed is not None else run_nbytes
+    naps_until = end if landed is None else 0  # who looks at each piece is late already
     begin_landing, end_landing = region.gate.begin, region.gate.end
     receive, next_frame = connection.receive_whole, connection.next_frame
     view = region.view  # it stays, though the region may be closed meanwhile
@@ -263,7 +264,7 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
             if at < until:
                 begin_landing()
                 try:
-                    got = receive(view[at:until], end - until)
+                    got = receive(view[at:until], naps_until - until)
                 finally:
                     end_landing()
             at += got
