@@ -56,7 +56,7 @@ _SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see servi
 _AWAITING_DONE, _LEAVING, _OVER = Phase.AWAITING_DONE, Phase.LEAVING, Phase.OVER
 CLOSE_S = 10.0
 # How long it looks for the next request before it sleeps, where readers ask back to back.
-LOOK_S = 50e-6
+LOOK_S = 80e-6
 BACK_TO_BACK_S = 80e-6  # such a request is there within this time, being woken included
 PAUSE_S = 0.05  # after a failure of the loop itself
 LONG_S = 1e-3  # a thread of ours that was let through needs less
