@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 OLDEST_KERNEL = (5, 14)  # MADV_POPULATE_READ and _WRITE
 FEW_FILES, ENOUGH_FILES = 256, 4096
 HTTP_BACKLOG = 1024  # kvstore.telemetry listens with it
+# What kernels allow where nobody changed it; `transport.tcp.sockets` opens its windows that far.
+RECEIVED_AHEAD_NBYTES, SENT_AHEAD_NBYTES = 6 << 20, 4 << 20
 SLOW_CLOCKS = ("hpet", "acpi_pm", "jiffies", "refined-jiffies", "pit")
 MAX_RESOLUTION_S = 1e-4
 NUM_CLOCK_READINGS = 2000
@@ -142,6 +144,32 @@ def connection_backlog(host: Host) -> Finding:
         meaning="a burst of new HTTP connections beyond it is refused or delayed by a second",
         action=f"sysctl -w net.core.somaxconn={HTTP_BACKLOG}" if is_low else "",
     )
+
+
+def socket_buffers(host: Host) -> Finding:
+    """The largest of tcp_rmem and tcp_wmem: how much a connection may have on its way."""
+    least = {"tcp_rmem": RECEIVED_AHEAD_NBYTES, "tcp_wmem": SENT_AHEAD_NBYTES}
+    most = {name: _most(host, name) for name in least}
+    low = [name for name, nbytes in most.items() if nbytes is None or nbytes < least[name]]
+    shown = (
+        f"{name} {'unreadable' if nbytes is None else f'up to {nbytes / (1 << 20):.1f} MiB'}"
+        for name, nbytes in most.items()
+    )
+    return Finding(
+        name="socket buffers",
+        verdict=Verdict.WARN if low else Verdict.OK,
+        found=", ".join(shown),
+        meaning="a fast network waits for the ends: too little may be on its way"
+        if low
+        else "so much of one transfer over TCP may be on its way",
+        action="; ".join(f"sysctl -w net.ipv4.{name}='4096 131072 {least[name]}'" for name in low),
+    )
+
+
+def _most(host: Host, name: str) -> int | None:
+    """The last of the three numbers of a tcp_*mem."""
+    numbers = (host.read(f"/proc/sys/net/ipv4/{name}") or "").split()
+    return int(numbers[2]) if len(numbers) == 3 else None
 
 
 def overcommit(host: Host, *, wanted_nbytes: int) -> Finding:

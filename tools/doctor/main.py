@@ -95,6 +95,7 @@ def examine(role: str, flags: Sequence[str], host: Host | None = None) -> list[F
         ),
         kernel.open_files(host),
         kernel.connection_backlog(host),
+        kernel.socket_buffers(host),
         machine.ports(host, need.ports),
         machine.sockets_folder(),
         *_disk_findings(role, values),

@@ -119,6 +119,24 @@ def test_a_short_backlog_is_a_warning(host, value, verdict):
 
 
 @pytest.mark.parametrize(
+    ("received", "sent", "named"),
+    [
+        ("4096 131072 6291456", "4096 16384 4194304", ()),
+        ("4096 131072 33554432", "4096 16384 16777216", ()),
+        ("4096 131072 6291455", "4096 16384 4194304", ("tcp_rmem",)),
+        ("4096 131072 6291456", "4096 16384 212992", ("tcp_wmem",)),
+        (None, "", ("tcp_rmem", "tcp_wmem")),
+    ],
+)
+def test_small_socket_buffers_are_a_warning_that_names_them(host, received, sent, named):
+    texts = {"tcp_rmem": received, "tcp_wmem": sent}
+    files = {f"/proc/sys/net/ipv4/{name}": text for name, text in texts.items() if text is not None}
+    found = kernel.socket_buffers(host(files))
+    assert found.verdict == ("warn" if named else "ok")
+    assert [name for name in texts if f"net.ipv4.{name}=" in found.action] == list(named)
+
+
+@pytest.mark.parametrize(
     ("mode", "promised", "verdict"), [(0, 99, "ok"), (1, 99, "ok"), (2, 1, "warn"), (2, 60, "fail")]
 )
 def test_strict_overcommit_fails_what_it_would_refuse(host, mode, promised, verdict):
