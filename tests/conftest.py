@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.support.leaks import leak_guard
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 SUITES = ("house", "unit", "property", "simulation", "contract", "integration", "fault", "e2e")
 
+SOAK = "soak"
+SOAK_TIMEOUT_S = 3600  # of one property with its 10,000 examples, fifty times those of CI
+
 # No deadline: on a shared machine the time of one example says nothing. The seed is printed.
-for _name, _max_examples in {"dev": 50, "ci": 200, "soak": 10_000}.items():
+for _name, _max_examples in {"dev": 50, "ci": 200, SOAK: 10_000}.items():
     settings.register_profile(
         _name,
         max_examples=_max_examples,
@@ -32,9 +35,8 @@ for _name, _max_examples in {"dev": 50, "ci": 200, "soak": 10_000}.items():
         print_blob=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
-settings.load_profile(
-    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
-)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+settings.load_profile(PROFILE)
 
 
 def _suite_of(item: pytest.Item) -> str:
@@ -46,6 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks each test with its suite, and runs the suites in order."""
     for item in items:
         item.add_marker(_suite_of(item))
+        if PROFILE == SOAK and is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT_S))
     items.sort(key=lambda item: SUITES.index(_suite_of(item)))
 
 
