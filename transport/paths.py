@@ -164,7 +164,11 @@ class StreamChoice:
             known.try_in(_TRY_FIRST)
 
     def _known(self, nbytes: int) -> _SizeClass:
-        return self._classes.setdefault(_size_class(nbytes), _SizeClass(self._counts))
+        size_class = _size_class(nbytes)
+        known = self._classes.get(size_class)
+        if known is None:
+            known = self._classes[size_class] = _SizeClass(self._counts)
+        return known
 
 
 @dataclass(slots=True)
