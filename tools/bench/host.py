@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("snowskin", "torch", "numpy", "grpcio", "protobuf", "uvloop", "google-crc32c")
+PACKAGES = ("snowskin", "torch", "numpy", "grpcio", "protobuf", "uvloop", "fastcrc")
 UNKNOWN = "unknown"
 
 

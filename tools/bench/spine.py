@@ -14,11 +14,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from snowskin.kvstore.blocks import KeyColumn
+from snowskin.kvstore.checksum import crc32c
 from snowskin.kvstore.client.blocking import BlockingStoreClient
 from snowskin.kvstore.client.store import StoreClient
 from snowskin.kvstore.client.transports import SLOW_PATH, ClientTransports
@@ -98,15 +98,15 @@ def copy(load: Load) -> None:
 
 def copy_and_check(load: Load) -> None:
     """The same, with the checksum of each block taken right after its piece landed."""
-    crc, block_nbytes, value = 0, load.block_nbytes, google_crc32c.value
+    crc, block_nbytes = 0, load.block_nbytes
     for start in range(0, load.nbytes, PIECE_NBYTES):
         end = min(start + PIECE_NBYTES, load.nbytes)
         np.copyto(load.target[start:end], load.source[start:end])
         if block_nbytes > PIECE_NBYTES:
-            crc = google_crc32c.extend(crc, load.target[start:end])
+            crc = crc32c(load.target[start:end], crc)
             continue
         for block in range(start, end, block_nbytes):
-            value(load.target[block : block + block_nbytes])
+            crc32c(load.target[block : block + block_nbytes])
 
 
 def publish(client: BlockingStoreClient, load: Load) -> None:

@@ -84,7 +84,7 @@ def examine(role: str, flags: Sequence[str], host: Host | None = None) -> list[F
         kernel.system(host),
         software.python(),
         software.libraries(software.installed_versions()),
-        software.checksums(software.crc32c_build()),
+        software.checksums(software.checksum_bytes_per_s()),
         software.torch(software.torch_build(), has_gpu=gpu.verdict is not Verdict.ABSENT),
         *_memory_findings(host, need),
         machine.cores(host, num_cores=num_cores, num_threads=need.num_threads),
