@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from snowskin.tools.bench.transfer.backends.sockets import cut
+from snowskin.transport.api import PIECE_NBYTES
+from snowskin.transport.copying import LOOKED_AT_NBYTES
+from snowskin.transport.runs import pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,16 +48,16 @@ class MemcpyReader:
         self._landing = landing.bytes
 
     def prepare(self, runs: Sequence[Run], begin: Begin | None) -> Pull:
-        """Copies run by run; with checks in pieces of at most 1 MiB."""
-        pieces = cut(runs) if begin else list(runs)
+        """Copies run by run; with checks in the pieces in which `shm` does."""
+        parts = list(pieces(runs, PIECE_NBYTES, LOOKED_AT_NBYTES)) if begin else list(runs)
         small = [
             (self._landing.data[local : local + size], self._source.data[remote : remote + size])
-            for remote, local, size in pieces
+            for remote, local, size in parts
             if size <= VIEW_NBYTES
         ]
         arrays = [
             (self._landing[local : local + size], self._source[remote : remote + size], local, size)
-            for remote, local, size in pieces
+            for remote, local, size in parts
         ]
 
         def copy_small() -> None:

@@ -18,7 +18,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from snowskin.tools.bench.transfer.backends.api import ContestantMissing
-from snowskin.transport.runs import Run
+from snowskin.transport.api import PIECE_NBYTES
+from snowskin.transport.runs import Run, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,19 +33,9 @@ if TYPE_CHECKING:
         SharedMemory,
     )
 
-PIECE_NBYTES = 1 << 20
 CONNECT_TIMEOUT_S = 5.0
 _COUNT = struct.Struct("<Q")
 _RANGE = struct.Struct("<QQ")
-
-
-def cut(runs: Sequence[Run]) -> list[Run]:
-    """The runs in pieces of at most 1 MiB, as a checked pull lets them land."""
-    return [
-        Run(remote + start, local + start, min(PIECE_NBYTES, size - start))
-        for remote, local, size in runs
-        for start in range(0, size, PIECE_NBYTES)
-    ]
 
 
 def receive(stream: socket.socket, view: memoryview) -> None:
@@ -133,21 +124,21 @@ class SocketReader:
                 raise ContestantMissing("several streams are for one large run, unchecked")
             return self._prepare_shared(runs[0])
         stream, request = self._streams[0], _request(runs)
-        pieces = [
+        parts = [
             (self._landing[local : local + size], local, size)
-            for _, local, size in (cut(runs) if begin else runs)
+            for _, local, size in (pieces(runs, PIECE_NBYTES) if begin else runs)
         ]
 
         def pull() -> None:
             stream.sendall(request)
-            for view, _, _ in pieces:
+            for view, _, _ in parts:
                 receive(stream, view)
 
         def pull_and_check() -> None:
             assert begin is not None
             landed: Landed = begin()
             stream.sendall(request)
-            for view, local, size in pieces:
+            for view, local, size in parts:
                 receive(stream, view)
                 landed(local, size)
 
