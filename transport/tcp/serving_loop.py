@@ -55,9 +55,8 @@ MAX_EVENTS = 256
 _SENDING, _RECEIVING = Phase.SENDING, Phase.RECEIVING  # as constants: see serving.py
 _AWAITING_DONE, _LEAVING, _OVER = Phase.AWAITING_DONE, Phase.LEAVING, Phase.OVER
 CLOSE_S = 10.0
-# How long it looks for the next request before it sleeps, where readers ask back to back.
-LOOK_S = 80e-6
-BACK_TO_BACK_S = 80e-6  # such a request is there within this time, being woken included
+# Readers that ask back to back ask within this time, being woken included; so long is looked for it before sleeping.
+BACK_TO_BACK_S = 80e-6
 PAUSE_S = 0.05  # after a failure of the loop itself
 LONG_S = 1e-3  # a thread of ours that was let through needs less
 FORBEARANCE = 32  # after it took so long, the next time is so many times as far away
@@ -327,7 +326,7 @@ class ServingLoop:
             return self._epoll.poll(0, MAX_EVENTS)
         began_s = time.perf_counter()
         if self._is_eager:
-            until_s = began_s + LOOK_S
+            until_s = began_s + BACK_TO_BACK_S
             while time.perf_counter() < until_s:
                 if happened := self._epoll.poll(0, MAX_EVENTS):
                     return happened

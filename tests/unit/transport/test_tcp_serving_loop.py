@@ -290,7 +290,7 @@ class Looks:
 def test_who_is_asked_back_to_back_looks_before_it_sleeps_and_sleeps_once_that_was_in_vain(
     house, monkeypatch
 ):
-    monkeypatch.setattr(serving_loop, "BACK_TO_BACK_S", 60.0)
+    monkeypatch.setattr(serving_loop, "BACK_TO_BACK_S", 0.5)
     house.add("asks")
     waits = []
     house.loop._epoll = Looks(house.loop._epoll, waits)
