@@ -1,8 +1,9 @@
 """How near to the memory and to the wire do our transports come, and how far ahead of other systems?
 
 Parts, a file each: `sizes.py` (every size by every contestant), `calls.py` (layouts, and what a call costs),
-`holding.py` (pull against push under a small decode pool), `idle.py`, `control.py` and `node_control.py` (what a data
-plane costs those who do not use it). Every process of it sees the same two memories and the same two cores.
+`holding.py` (pull against push under a small decode pool), `rested.py` (one pull after a rest), `idle.py`, `control.py`
+and `node_control.py` (what a data plane costs those who do not use it). Every process of it sees the same two memories
+and the same two cores.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from snowskin.tools.bench.transfer import (
     idle,
     node_control,
     peers,
+    rested,
     schedule,
     sizes,
 )
@@ -57,11 +59,19 @@ def run(options: BenchOptions) -> Report:
     ):
         for pair in pairs.values():
             missing |= pair.missing
-        for shape in SMOKE_SHAPES if options.smoke else SHAPES:
+        shapes = SMOKE_SHAPES if options.smoke else SHAPES
+        for shape in shapes:
             measured = sizes.measure_shape(contestants, pairs, shape, options.runs)
             rows += sizes.rows_of(measured)
             if measured.is_small:
                 rows.append(sizes.round_trip_row(pairs["limits"], options.runs))
+        rows += rested.rested_rows(
+            contestants,
+            pairs,
+            [shape for shape in shapes if shape.nbytes in (MIB, 16 * MIB)],
+            rounds=options.runs,
+            smoke=options.smoke,
+        )
         rows += idle.idle_rows(
             list(
                 {each.pair: pairs[each.pair] for each in ours if each.name not in missing}.values()

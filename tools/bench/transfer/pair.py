@@ -242,6 +242,12 @@ class Pair:
         seconds = cast("float", taken["seconds"])
         return Taken(seconds=seconds / shape.repeat, cpu_s=cpu_s / shape.repeat)
 
+    def pull_rested(self, name: str, shape: Shape, *, rest_s: float) -> float:
+        """Seconds of one pull, after neither end had anything to do for `rest_s`."""
+        time.sleep(rest_s)
+        order: Json = {"do": "pull", "name": name, "shape": shape.name, "checked": False}
+        return cast("float", self.reader.ask(order | {"repeat": 1})["seconds"])
+
     def prepare_calls(
         self,
         name: str,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SMALL_NBYTES = 4 * KIB
 GOAL_HELD_LEASE_US = 3.0
 MEMCPY, RANGES, UNPACED, UNIX = "memcpy", "sockets", "sockets unpaced", "unix sockets"
+SENDFILE = "sockets sendfile"
 
 
 def _limit(name: str, backend: str = "sockets", **options: Option) -> Contestant:
@@ -35,7 +36,7 @@ LIMITS = (
     _limit(MEMCPY, "memcpy"),
     _limit(RANGES),
     _limit(UNPACED, congestion=peers.UNPACED),
-    _limit("sockets sendfile", call="sendfile", congestion=peers.UNPACED),
+    _limit(SENDFILE, call="sendfile", congestion=peers.UNPACED),
     _limit("sockets 2 streams", streams=2, congestion=peers.UNPACED),
     _limit("sockets 4 streams", streams=4, congestion=peers.UNPACED),
     _limit(UNIX, family="unix"),
