@@ -25,6 +25,9 @@ from snowskin.kvstore.client.transports import SLOW_PATH, ClientTransports
 from snowskin.tools.bench.host import host_facts
 from snowskin.tools.bench.report import Goal, Report, Row, make_row, measure
 from snowskin.tools.bench.store_process import StoreProcess, store_process
+from snowskin.transport.api import PIECE_NBYTES
+from snowskin.transport.copying import LOOKED_AT_NBYTES
+from snowskin.transport.runs import Run, pieces
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 QUESTION = "What does a pull (match, lease, copy with checksums, release) cost above moving the bytes at all?"
 
 KIB, MIB = 1 << 10, 1 << 20
-PIECE_NBYTES = MIB
 GOAL_FIXED_US = 100.0
 MAX_JUDGED_KEYS = 64
 GOAL_RATIO = 0.85
@@ -97,12 +99,12 @@ def copy(load: Load) -> None:
 
 
 def copy_and_check(load: Load) -> None:
-    """The same, with the checksum of each block taken right after its piece landed."""
+    """The same in the local door's pieces, with the checksum of each block taken right after its piece landed."""
     crc, block_nbytes = 0, load.block_nbytes
-    for start in range(0, load.nbytes, PIECE_NBYTES):
-        end = min(start + PIECE_NBYTES, load.nbytes)
+    for start, _, nbytes in pieces([Run(0, 0, load.nbytes)], PIECE_NBYTES, LOOKED_AT_NBYTES):
+        end = start + nbytes
         np.copyto(load.target[start:end], load.source[start:end])
-        if block_nbytes > PIECE_NBYTES:
+        if block_nbytes > nbytes:
             crc = crc32c(load.target[start:end], crc)
             continue
         for block in range(start, end, block_nbytes):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OLDEST_KERNEL = (5, 14)  # MADV_POPULATE_READ and _WRITE
 FEW_FILES, ENOUGH_FILES = 256, 4096
 HTTP_BACKLOG = 1024  # kvstore.telemetry listens with it
-# What kernels allow where nobody changed it; `transport.tcp.sockets` opens its windows that far.
+# What kernels allow where nobody changed it. Half of what may be received is window: they count what it takes up.
 RECEIVED_AHEAD_NBYTES, SENT_AHEAD_NBYTES = 6 << 20, 4 << 20
 SLOW_CLOCKS = ("hpet", "acpi_pm", "jiffies", "refined-jiffies", "pit")
 MAX_RESOLUTION_S = 1e-4
@@ -162,7 +162,9 @@ def socket_buffers(host: Host) -> Finding:
         meaning="a fast network waits for the ends: too little may be on its way"
         if low
         else "so much of one transfer over TCP may be on its way",
-        action="; ".join(f"sysctl -w net.ipv4.{name}='4096 131072 {least[name]}'" for name in low),
+        action="; ".join(
+            f"raise the last number of net.ipv4.{name} to {least[name]}" for name in low
+        ),
     )
 
 

@@ -82,7 +82,7 @@ def _connected(
             _bind(made, path)
             _connect(made, target, patience)
             set_options_for_peer(made, settings)
-            open_window(made, settings)
+            open_window(made)
         except OSError as error:
             made.close()
             failure = error

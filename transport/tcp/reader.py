@@ -324,6 +324,7 @@ def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[Non
     left_nbytes = sum(run[2] for run in runs) - part_nbytes
     frame_nbytes, connection.frame_left_nbytes = connection.frame_left_nbytes, 0
     ahead_nbytes = left_nbytes if left_nbytes <= SHORT_NBYTES else 0
+    naps = landed is None  # who looks at each piece is late already
     begin_landing, end_landing = region.gate.begin, region.gate.end
     receive, view = (
         connection.receive_whole,
@@ -357,7 +358,7 @@ def _land(connection: Connection, job: Job, runs: Sequence[Run]) -> Iterator[Non
                     connection.fetch_ahead(frame_nbytes)
                 begin_landing()
                 try:
-                    got = receive(view[at : at + nbytes], left_nbytes - nbytes)
+                    got = receive(view[at : at + nbytes], left_nbytes - nbytes if naps else 0)
                 except PeerLost:
                     if untold_nbytes:
                         job.moved(at, untold_nbytes)

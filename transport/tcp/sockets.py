@@ -14,6 +14,7 @@ open from the start, the first comes at two thirds, the second at all of it. Pus
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import TYPE_CHECKING
 
@@ -50,15 +51,14 @@ def set_options_for_peer(stream: socket.socket, settings: TcpSettings) -> None:
         _choose(stream, settings.local_congestion_control)
 
 
-def open_window(stream: socket.socket, settings: TcpSettings) -> None:
-    """Lets the peer of a connected socket send much from the first payload on; OSError where it is gone.
+def open_window(stream: socket.socket) -> None:
+    """Lets the peer of a connected socket send `WINDOW_NBYTES` ahead from the first payload on.
 
-    A low-water mark has the kernel make room for so much, at most half of what tcp_rmem allows, and leaves it free to
-    tune further; SO_RCVBUF would not, and rmem_max, often 208 KiB, would cap it.
+    A low-water mark has the kernel make room for so much, at most half of the largest tcp_rmem, and leaves it free to
+    tune further; SO_RCVBUF would not, and rmem_max, often 208 KiB, would cap it. Where SO_RCVBUF was set, that stays.
     """
-    if settings.receive_buffer_nbytes:
-        return  # so much and no more was wanted
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WINDOW_NBYTES)
+    with contextlib.suppress(OSError):  # a window as it was is no reason to fail
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, WINDOW_NBYTES)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 

@@ -160,7 +160,7 @@ class Link:
     """The way to one owner."""
 
     def __init__(self, reader: Reader, reach: Reach, descriptor: RegionDescriptor) -> None:
-        """Connects and says HELLO, under the right of `descriptor`; raises UcpFailure."""
+        """Connects; raises UcpFailure. It is for the right of `descriptor` until its owner has answered."""
         self.open = False
         self.capability = descriptor.capability
         self.under_way: dict[int, Mailbox] = {}
@@ -177,14 +177,17 @@ class Link:
             is_owner=False,
             on_lost=lambda error: reader.lost(self, error),
         )
-        settings = reader.settings
+
+    def greet(self, descriptor: RegionDescriptor) -> None:
+        """Says HELLO; the reader knows this link already, for it may be lost at once."""
+        settings = self._reader.settings
         hello = Hello(
             capability=descriptor.capability,
             epoch=descriptor.epoch,
             generation=descriptor.generation,
             heartbeat_ms=int(settings.heartbeat_s * 1000),
             name=settings.name,
-            address=reader.thread().worker.address,
+            address=self._reader.thread().worker.address,
         )
         self.conversation.tell(MessageKind.HELLO, 0, payload=hello.encode())
 
@@ -441,6 +444,13 @@ class Reader:
             ) from error
         self._links[reach.address] = link
         self._by_session[link.conversation.session] = link
+        link.greet(descriptor)
+        if link.conversation.over:
+            raise PeerLost(
+                f"{reach.name} was lost with the first word",
+                hint="ask another replica, or again: the way is made anew",
+                retry_after_s=self.settings.reconnect_s,
+            )
         self.num_connected += 1
         if self._tick_timer is None:
             self._tick_timer = self.thread().later(self._tick_in_s(), self._tick)
@@ -461,16 +471,17 @@ class Reader:
         due_in_s = min(
             settings.heartbeat_s, settings.connect_timeout_s, settings.silence_s, settings.stall_s
         )
-        for link in self._links.values():
-            if not link.open:
-                due_at_s = link.began_at_s + settings.connect_timeout_s
-            else:
-                conversation = link.conversation
-                due_at_s = min(
-                    conversation.said_at_s + settings.heartbeat_s,
-                    conversation.due_at_s(silence_s=settings.silence_s, stall_s=settings.stall_s),
-                )
-            due_in_s = min(due_in_s, due_at_s - now_s)
+        for address, link in self._links.items():
+            conversation = link.conversation
+            dues_s = [
+                conversation.due_at_s(silence_s=settings.silence_s, stall_s=settings.stall_s),
+                conversation.said_at_s + settings.heartbeat_s
+                if link.open
+                else link.began_at_s + settings.connect_timeout_s,
+            ]
+            if address not in self._num_attached:
+                dues_s.append(link.unused_since_s + settings.linger_s)
+            due_in_s = min(due_in_s, min(dues_s) - now_s)
         return max(SOON_S, due_in_s)
 
     def _tick(self) -> None:

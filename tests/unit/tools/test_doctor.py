@@ -133,7 +133,7 @@ def test_small_socket_buffers_are_a_warning_that_names_them(host, received, sent
     files = {f"/proc/sys/net/ipv4/{name}": text for name, text in texts.items() if text is not None}
     found = kernel.socket_buffers(host(files))
     assert found.verdict == ("warn" if named else "ok")
-    assert [name for name in texts if f"net.ipv4.{name}=" in found.action] == list(named)
+    assert [name for name in texts if f"net.ipv4.{name} to" in found.action] == list(named)
 
 
 @pytest.mark.parametrize(
@@ -389,8 +389,10 @@ def test_checksums_must_be_about_as_fast_as_memory(speed, verdict):
     assert bool(found.action) == (verdict != "ok")
 
 
-def test_checksums_are_timed_here():
+def test_checksums_are_timed_and_compared_here(monkeypatch):
     assert software.checksum_bytes_per_s() > 1e8
+    monkeypatch.setattr(software, "crc32c", lambda _block: 1)
+    assert software.checksum_bytes_per_s() == 0.0
 
 
 # --- what is needed

@@ -36,14 +36,16 @@ def receive_buffer(stream: socket.socket) -> int:
 
 def widest() -> int:
     """What the kernel grants for the asking: it counts twice, and at most what tcp_rmem says."""
-    most = int(Path("/proc/sys/net/ipv4/tcp_rmem").read_text().split()[2])
-    return min(2 * WINDOW_NBYTES, most // 2 * 2)
+    limits = Path("/proc/sys/net/ipv4/tcp_rmem")
+    if not limits.exists():
+        pytest.skip("a network stack that is not Linux's")
+    return min(2 * WINDOW_NBYTES, int(limits.read_text().split()[2]) // 2 * 2)
 
 
 def test_an_open_window_takes_much_ahead_and_wakes_for_a_byte(connected: socket.socket) -> None:
     if receive_buffer(connected) >= widest():
         pytest.skip("this kernel's windows are as wide from the start")
-    open_window(connected, TcpSettings())
+    open_window(connected)
     assert receive_buffer(connected) >= widest()
     assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
 
@@ -51,7 +53,7 @@ def test_an_open_window_takes_much_ahead_and_wakes_for_a_byte(connected: socket.
 def test_a_buffer_that_was_chosen_stays_as_it_is(connected: socket.socket) -> None:
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
     before = receive_buffer(connected)
-    open_window(connected, TcpSettings(receive_buffer_nbytes=64 << 10))
+    open_window(connected)
     assert receive_buffer(connected) == before
 
 
