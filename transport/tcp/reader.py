@@ -36,6 +36,11 @@ SHORT_NBYTES = 64 * 1024  # answers up to this size are received in one call wit
 COPIED_NBYTES = 4 * 1024  # ranges up to this size are taken together
 MAX_TIMEOUT_S = MAX_TIMEOUT_MS / 1000
 CHUNK_NBYTES = 1 << 20  # at most received in one call, and sent as one DATA
+# One run is received in calls as large as it is, up to this; a longer one in smaller calls. The kernel acknowledges at
+# the end of a call, and an owner's sends at most 4 MiB ahead of it (tcp_wmem): then each waits for the other in turn.
+# Measured by `bench transfer`: 8 % at 256 MiB; at 16 MiB more calls cost more than that.
+LONG_NBYTES = 32 << 20
+LONG_CHUNK_NBYTES = 3 << 20
 
 _ASK = struct.Struct(">BBHIQ16sQQIBBHI")
 _ASK_ONE = struct.Struct(_ASK.format + "QQ")
@@ -247,7 +252,9 @@ def _land_run(connection: Connection, job: Job, frame_nbytes: int) -> bool:
     _, at, run_nbytes = job.runs[0]
     end = at + run_nbytes
     frame_end = at + frame_nbytes
-    most_nbytes = order.piece_nbytes if landed is not None else run_nbytes
+    most_nbytes = LONG_CHUNK_NBYTES if run_nbytes > LONG_NBYTES else run_nbytes
+    if landed is not None:
+        most_nbytes = order.piece_nbytes
     naps_until = end if landed is None else 0  # who looks at each piece is late already
     begin_landing, end_landing = region.gate.begin, region.gate.end
     receive, next_frame = connection.receive_whole, connection.next_frame
