@@ -155,6 +155,8 @@ class NodeMachine(RuleBasedStateMachine):
         self.reads: list[Read] = []
         self.waiting: dict[tuple[SessionId, int], Waiting] = {}
         self.committed: dict[Name, int] = {}
+        self.segments: dict[Place, frozenset[Place]] = {}  # what was reserved in one piece
+        self.grown: set[Place] = set()  # committed while the rest of their segment was leased
 
     # --- memory
 
@@ -225,8 +227,10 @@ class NodeMachine(RuleBasedStateMachine):
         taken = {unit for _, place in self.protected() for unit in self.units(place)}
         for run in reserved.runs:
             assert run.extent.nbytes == run.num_blocks * nbytes <= 2 * BLOCK
-            for position in range(run.num_blocks):
-                place = (run.extent.offset + position * nbytes, nbytes)
+            places = [(run.extent.offset + at * nbytes, nbytes) for at in range(run.num_blocks)]
+            self.segments |= dict.fromkeys(places, frozenset(places))
+            self.grown -= set(places)
+            for position, place in enumerate(places):
                 index = run.first_block_index + position
                 name = (request.namespace, b"") if request.tail else None
                 if request.tail is not None:
@@ -247,7 +251,10 @@ class NodeMachine(RuleBasedStateMachine):
         hold = next(hold for hold in self.writes if hold.id == request.lease_id)
         for position in range(request.num_blocks):
             name, index = hold.names.pop(0), hold.key_indices.pop(0)
-            hold.places.pop(0)
+            place = hold.places.pop(0)
+            leased = {leased for read in self.open_reads() for leased, _ in read.promised}
+            if leased & self.segments[place]:
+                self.grown.add(place)
             if index not in answer.existing_block_indices:
                 start = 4 * position
                 self.committed[name] = int.from_bytes(request.checksums[start : start + 4], "big")
@@ -540,14 +547,27 @@ class NodeMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_promised_more_than_the_caps_allow(self) -> None:
-        """As segments are no longer than half a client's cap, the first one is no exception here."""
+        """As segments are no longer than half a client's cap, the first one is no exception here.
+
+        A lease keeps a whole segment. What is committed into one that is leased is kept with it, whoever may read it:
+        to refuse it to the holder would free nothing.
+        """
         promised: dict[SessionId, set[Place]] = {}
         for read in self.open_reads():
             places = {place for place, _ in read.promised if place[1] != TAIL_NBYTES}
             promised.setdefault(read.session.id, set()).update(places)
         for places in promised.values():
-            assert len(places) <= CLIENT_CAP, "a client leases more than its share"
-        assert len(set().union(*promised.values())) <= CAP, "too much of the pool is leased"
+            assert len(self.asked_for(places)) <= CLIENT_CAP, "a client leases more than its share"
+        everywhere = self.asked_for(set().union(*promised.values()))
+        assert len(everywhere) <= CAP, "too much of the pool is leased"
+
+    def asked_for(self, places: set[Place]) -> set[Place]:
+        """Without those that were committed into a segment of which another one was leased already."""
+        return {
+            place
+            for place in places
+            if place not in self.grown or not (self.segments[place] - {place}) & places
+        }
 
     @invariant()
     def nobody_waits_beyond_the_deadline(self) -> None:
