@@ -9,7 +9,6 @@ the caps on leases allow, and who is refused for them has a reader to wait for.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import hypothesis.strategies as st
@@ -56,9 +55,10 @@ from tests.support.node_driver import (
     reserving,
     reserving_tail,
 )
+from tests.support.node_holds import Name, Place, Read, Waiting, Written
 
 if TYPE_CHECKING:
-    from snowskin.kvstore.messages import LeaseId, Request, SessionId
+    from snowskin.kvstore.messages import Request, SessionId
     from snowskin.kvstore.session import Session
 
 NUM_BLOCKS = 8
@@ -69,62 +69,6 @@ CHAINS = ("a", "b")
 CHAIN_BLOCKS = 5
 NAMESPACES = (NAMESPACE, OTHER_NAMESPACE)
 GARBAGE = -1
-
-Name = tuple[bytes, bytes]
-"""Namespace (empty for a tail) and key of a block."""
-Place = tuple[int, int]
-"""First byte and number of bytes."""
-
-
-@dataclass(eq=False)
-class Written:
-    """A write lease as its holder knows it."""
-
-    id: LeaseId
-    session: Session
-    names: list[Name]
-    key_indices: list[int]
-    places: list[Place]
-    expires_at_s: float
-    granted_at_s: float
-    is_over: bool = False
-
-    def is_protected(self, now_s: float, grace_s: float) -> bool:
-        """Whether its bytes may be given to nobody else."""
-        if self.is_over or not self.places:
-            return False
-        return self.session.maps_memory or now_s < self.expires_at_s
-
-
-@dataclass(eq=False)
-class Read:
-    """A read lease as its holder knows it, and the tokens that it was promised."""
-
-    id: LeaseId
-    session: Session
-    names: list[Name]
-    promised: list[tuple[Place, int]]
-    expires_at_s: float
-    granted_at_s: float
-    is_over: bool = False
-
-    def is_protected(self, now_s: float, grace_s: float) -> bool:
-        """Whether its bytes must not change; of who reaches none by itself, for as long as it is served."""
-        if not self.session.maps_memory:
-            grace_s = 0.0
-        return not self.is_over and now_s < self.expires_at_s + grace_s
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A call that is not answered yet."""
-
-    session: Session
-    call_id: int
-    request: Request
-    asked_at_s: float
-    written: Written | None = None
-    tokens: list[int] = field(default_factory=list)
 
 
 class NodeMachine(RuleBasedStateMachine):
@@ -156,7 +100,7 @@ class NodeMachine(RuleBasedStateMachine):
         self.waiting: dict[tuple[SessionId, int], Waiting] = {}
         self.committed: dict[Name, int] = {}
         self.segments: dict[Place, frozenset[Place]] = {}  # what was reserved in one piece
-        self.grown: set[Place] = set()  # committed while the rest of their segment was leased
+        self.place_of: dict[Name, Place] = {}
 
     # --- memory
 
@@ -229,7 +173,6 @@ class NodeMachine(RuleBasedStateMachine):
             assert run.extent.nbytes == run.num_blocks * nbytes <= 2 * BLOCK
             places = [(run.extent.offset + at * nbytes, nbytes) for at in range(run.num_blocks)]
             self.segments |= dict.fromkeys(places, frozenset(places))
-            self.grown -= set(places)
             for position, place in enumerate(places):
                 index = run.first_block_index + position
                 name = (request.namespace, b"") if request.tail else None
@@ -245,6 +188,9 @@ class NodeMachine(RuleBasedStateMachine):
                 hold.names.append(name)
                 hold.key_indices.append(index)
                 hold.places.append(place)
+        if request.tail is None:
+            keys = [request.keys[index] for index in range(len(request.keys))]
+            hold.pins = [(request.namespace, key) for key in (request.parent_key, *keys)]
         self.writes.append(hold)
 
     def on_committed(self, request: CommitRequest, answer: Committed) -> None:
@@ -252,10 +198,8 @@ class NodeMachine(RuleBasedStateMachine):
         for position in range(request.num_blocks):
             name, index = hold.names.pop(0), hold.key_indices.pop(0)
             place = hold.places.pop(0)
-            leased = {leased for read in self.open_reads() for leased, _ in read.promised}
-            if leased & self.segments[place]:
-                self.grown.add(place)
             if index not in answer.existing_block_indices:
+                self.place_of[name] = place
                 start = 4 * position
                 self.committed[name] = int.from_bytes(request.checksums[start : start + 4], "big")
         assert answer.num_blocks_left == len(hold.places)
@@ -302,7 +246,23 @@ class NodeMachine(RuleBasedStateMachine):
                 read.promised.append(((run.extent.offset + position * nbytes, nbytes), token))
         num_shards = max(1, len(request.namespaces))
         assert covered == [(s, i) for s in range(num_shards) for i in range(matched.num_blocks)]
+        if not request.tail_request_id:
+            places = {place for place, _ in read.promised}
+            read.new_to_client = places - self.kept(call.session)
+            read.new_to_all = places - self.kept()
         self.reads.append(read)
+
+    def kept(self, session: Session | None = None) -> set[Place]:
+        """All of the segments that a client keeps, or anybody: as readers, and as parents of what they write."""
+        now_s = self.node.now_s
+        places = set()
+        for read in self.open_reads():
+            if session in (None, read.session):
+                places |= {place for place, _ in read.promised}
+        for hold in self.writes:
+            if session in (None, hold.session) and hold.is_protected(now_s, self.grace_s):
+                places |= {self.place_of[name] for name in hold.pins if name in self.place_of}
+        return set().union(*(self.segments[place] for place in places))
 
     # --- rules: sessions and time
 
@@ -549,25 +509,16 @@ class NodeMachine(RuleBasedStateMachine):
     def nobody_is_promised_more_than_the_caps_allow(self) -> None:
         """As segments are no longer than half a client's cap, the first one is no exception here.
 
-        A lease keeps a whole segment. What is committed into one that is leased is kept with it, whoever may read it:
-        to refuse it to the holder would free nothing.
+        What a lease adds to what is kept anyway is counted: it keeps whole segments, which may grow meanwhile, and
+        to refuse their other blocks would free nothing.
         """
-        promised: dict[SessionId, set[Place]] = {}
+        new: dict[SessionId, set[Place]] = {}
         for read in self.open_reads():
-            places = {place for place, _ in read.promised if place[1] != TAIL_NBYTES}
-            promised.setdefault(read.session.id, set()).update(places)
-        for places in promised.values():
-            assert len(self.asked_for(places)) <= CLIENT_CAP, "a client leases more than its share"
-        everywhere = self.asked_for(set().union(*promised.values()))
+            new.setdefault(read.session.id, set()).update(read.new_to_client)
+        for places in new.values():
+            assert len(places) <= CLIENT_CAP, "a client leases more than its share"
+        everywhere = set().union(*(read.new_to_all for read in self.open_reads()))
         assert len(everywhere) <= CAP, "too much of the pool is leased"
-
-    def asked_for(self, places: set[Place]) -> set[Place]:
-        """Without those that were committed into a segment of which another one was leased already."""
-        return {
-            place
-            for place in places
-            if place not in self.grown or not (self.segments[place] - {place}) & places
-        }
 
     @invariant()
     def nobody_waits_beyond_the_deadline(self) -> None:
