@@ -5,13 +5,19 @@ Rules kept here: help costs no imports: a command's module is loaded when the co
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
+import threading
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from snowskin.tools.version import version_option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 EPILOG = """
 One TOML file serves all roles: --config FILE, or SNOWSKIN_CONFIG. Flags beat environment variables, and those
@@ -94,13 +100,31 @@ class LazyGroup(click.Group):
         lazy = COMMANDS.get(cmd_name)
         if lazy is None:
             return None
-        found = getattr(importlib.import_module(lazy.module), lazy.name)
+        with _ctrl_c_ends_it():
+            found = getattr(importlib.import_module(lazy.module), lazy.name)
         return cast("click.Command", found() if lazy.made else found)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, lazy.help) for name, lazy in COMMANDS.items()])
+
+
+@contextlib.contextmanager
+def _ctrl_c_ends_it() -> Iterator[None]:
+    """For imports, which leave nothing behind: here SIGINT ends the process at once.
+
+    Python's own handler raises wherever the program is, also where exceptions are printed and forgotten, as in the
+    callback of an import's lock: then a Ctrl-C is lost, and what was to be stopped starts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @click.command(

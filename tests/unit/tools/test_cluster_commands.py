@@ -65,6 +65,27 @@ def test_no_command_needs_torch_for_its_help():
     subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
 
 
+def test_ctrl_c_during_the_imports_is_not_lost_where_exceptions_are_ignored(tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal\n"
+        "class Gone:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        os.getpid()\n"
+        "Gone()\n"
+        "def up():\n"
+        "    raise SystemExit('started all the same')\n"
+    )
+    script = (
+        f"import sys, dataclasses; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from snowskin.tools.cluster.main import COMMANDS, cli\n"
+        "COMMANDS['up'] = dataclasses.replace(COMMANDS['up'], module='interrupted', made=True)\n"
+        "cli(['up'])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert ran.returncode == -signal.SIGINT, ran.stderr
+
+
 def test_the_version_is_said():
     assert run("--version").output.startswith("snowskin, version ")
 
