@@ -45,9 +45,6 @@ log = logging.getLogger("snowskin.transport.copying")
 INLINE_NBYTES = 256 * 1024
 SILENT_PIECE_NBYTES = 16 << 20  # about 1 ms: how late a deadline or a cancellation may be seen
 
-LOOKED_AT_NBYTES = 512 * 1024
-"""Of what is too long for one piece and is looked at: source and target lie in a core's L2 (`bench transfer`, shm)."""
-
 _SMALL_NBYTES = 16 * 1024
 
 MovePiece = Callable[[MemoryRegion, int, MemoryRegion, int, int, float], None]
@@ -252,9 +249,8 @@ class CopyingTransport(OrderedTransport):
             )
         if remote.ranges is not None:
             remote.check_ranges(runs)
-        memory, cut_nbytes = remote.memory, LOOKED_AT_NBYTES
+        memory = remote.memory
         if landed is None:
-            cut_nbytes = 0
             # With a callback the caller's runs stay apart: a piece never crosses their boundaries.
             if piece_nbytes < self._silent_piece_nbytes:
                 piece_nbytes = self._silent_piece_nbytes
@@ -263,7 +259,7 @@ class CopyingTransport(OrderedTransport):
         now_s = self.now_s
         move = move_piece_by_gpu if local.kind is MemoryKind.CUDA else self._move
         told = landed is not None or control is not None
-        for remote_offset, local_offset, size in pieces(runs, piece_nbytes, cut_nbytes):
+        for remote_offset, local_offset, size in pieces(runs, piece_nbytes):
             if told or now_s() >= deadline_s:
                 order.check(now_s())
             if link is not None:

@@ -97,7 +97,7 @@ class LoopbackTransport(CopyingTransport):
             now_s=now_s,
             move=self._move_with_faults,
             inline_nbytes=0,  # a delayed piece must not hold the event loop
-            silent_piece_nbytes=0,  # faults count pieces, whether anybody looks at them or not
+            silent_piece_nbytes=0,  # faults count pieces as they were asked for
         )
         self._network = network or LoopbackNetwork()
         self._network.join(self)

@@ -73,18 +73,20 @@ def num_joined(runs: Sequence[Run]) -> int:
     return num
 
 
-def pieces(runs: Sequence[Run], piece_nbytes: int, cut_nbytes: int = 0) -> Iterable[Run]:
-    """Each run in pieces of at most `piece_nbytes`, in order; a longer one is cut into `cut_nbytes`, where given."""
+def pieces(runs: Sequence[Run], piece_nbytes: int) -> Iterable[Run]:
+    """Each run cut into pieces of at most `piece_nbytes`, in order."""
     if len(runs) == 1 and runs[0][2] <= piece_nbytes:
         return runs  # the usual small transfer: nothing to cut
-    return _cut(runs, piece_nbytes, min(cut_nbytes or piece_nbytes, piece_nbytes))
+    return _cut(runs, piece_nbytes)
 
 
-def _cut(runs: Sequence[Run], piece_nbytes: int, cut_nbytes: int) -> Iterator[Run]:
+def _cut(runs: Sequence[Run], piece_nbytes: int) -> Iterator[Run]:
     for run in runs:
         remote_offset, local_offset, nbytes = run
         if nbytes <= piece_nbytes:
             yield run
             continue
-        for start in range(0, nbytes, cut_nbytes):
-            yield Run(remote_offset + start, local_offset + start, min(cut_nbytes, nbytes - start))
+        for start in range(0, nbytes, piece_nbytes):
+            yield Run(
+                remote_offset + start, local_offset + start, min(piece_nbytes, nbytes - start)
+            )

@@ -95,10 +95,9 @@ def test_capabilities_differ_and_are_not_printed() -> None:
 @given(
     st.lists(st.builds(Run, st.integers(0, 40), st.integers(0, 40), st.integers(1, 9)), max_size=8),
     st.integers(1, 5),
-    st.integers(1, 7),
 )
 def test_joined_and_cut_runs_name_the_same_bytes_in_order(
-    runs: list[Run], piece_nbytes: int, cut_nbytes: int
+    runs: list[Run], piece_nbytes: int
 ) -> None:
     def byte_pairs(batch: list[Run]) -> list[tuple[int, int]]:
         return [
@@ -110,10 +109,6 @@ def test_joined_and_cut_runs_name_the_same_bytes_in_order(
     cut = list(pieces(runs, piece_nbytes))
     assert byte_pairs(cut) == byte_pairs(runs)
     assert all(1 <= piece.nbytes <= piece_nbytes for piece in cut)
-    finer = list(pieces(runs, piece_nbytes, cut_nbytes))
-    assert byte_pairs(finer) == byte_pairs(runs)
-    assert all(piece in runs or piece.nbytes <= min(cut_nbytes, piece_nbytes) for piece in finer)
-    assert all(run in finer for run in runs if run.nbytes <= piece_nbytes)
 
 
 def test_runs_adjacent_on_both_sides_are_joined() -> None:

@@ -26,7 +26,6 @@ from snowskin.tools.bench.host import host_facts
 from snowskin.tools.bench.report import Goal, Report, Row, make_row, measure
 from snowskin.tools.bench.store_process import StoreProcess, store_process
 from snowskin.transport.api import PIECE_NBYTES
-from snowskin.transport.copying import LOOKED_AT_NBYTES
 from snowskin.transport.runs import Run, pieces
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def copy(load: Load) -> None:
 def copy_and_check(load: Load) -> None:
     """The same in the local door's pieces, with the checksum of each block taken right after its piece landed."""
     crc, block_nbytes = 0, load.block_nbytes
-    for start, _, nbytes in pieces([Run(0, 0, load.nbytes)], PIECE_NBYTES, LOOKED_AT_NBYTES):
+    for start, _, nbytes in pieces([Run(0, 0, load.nbytes)], PIECE_NBYTES):
         end = start + nbytes
         np.copyto(load.target[start:end], load.source[start:end])
         if block_nbytes > nbytes:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from snowskin.transport.api import PIECE_NBYTES
-from snowskin.transport.copying import LOOKED_AT_NBYTES
 from snowskin.transport.runs import pieces
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class MemcpyReader:
 
     def prepare(self, runs: Sequence[Run], begin: Begin | None) -> Pull:
         """Copies run by run; with checks in the pieces in which `shm` does."""
-        parts = list(pieces(runs, PIECE_NBYTES, LOOKED_AT_NBYTES)) if begin else list(runs)
+        parts = list(pieces(runs, PIECE_NBYTES)) if begin else list(runs)
         small = [
             (self._landing.data[local : local + size], self._source.data[remote : remote + size])
             for remote, local, size in parts
