@@ -65,5 +65,3 @@ class Waiting:
     call_id: int
     request: Request
     asked_at_s: float
-    written: Written | None = None
-    tokens: list[int] = field(default_factory=list)

@@ -91,14 +91,14 @@ def make_load(number: int, num_blocks: int, block_nbytes: int, *, seed: int = 7)
 
 
 def copy(load: Load) -> None:
-    """Memcpy of the load's bytes in pieces: the least that moving them can cost."""
-    for start in range(0, load.nbytes, PIECE_NBYTES):
-        end = min(start + PIECE_NBYTES, load.nbytes)
+    """Memcpy of the load's bytes in the local door's pieces: the least that moving them can cost."""
+    for start, _, nbytes in pieces([Run(0, 0, load.nbytes)], PIECE_NBYTES):
+        end = start + nbytes
         np.copyto(load.target[start:end], load.source[start:end])
 
 
 def copy_and_check(load: Load) -> None:
-    """The same in the local door's pieces, with the checksum of each block taken right after its piece landed."""
+    """The same, with the checksum of each block taken right after its piece landed."""
     crc, block_nbytes = 0, load.block_nbytes
     for start, _, nbytes in pieces([Run(0, 0, load.nbytes)], PIECE_NBYTES):
         end = start + nbytes

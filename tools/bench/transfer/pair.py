@@ -232,7 +232,7 @@ class Pair:
 
     def pull(self, name: str, shape: Shape, *, checked: bool) -> Taken:
         """A round's pulls of one contestant, after one that warms short ones up: others had the caches before."""
-        order: Json = {"do": "pull", "name": name, "shape": shape.name, "checked": checked}
+        order = _pull_order(name, shape, checked=checked)
         if shape.repeat > 1:
             self.reader.ask(order | {"repeat": 1})
         owner_before_s = cast("float", self.owner.ask({"do": "cpu"})["cpu_s"])
@@ -245,7 +245,7 @@ class Pair:
     def pull_rested(self, name: str, shape: Shape, *, rest_s: float) -> float:
         """Seconds of one pull, after neither end had anything to do for `rest_s`."""
         time.sleep(rest_s)
-        order: Json = {"do": "pull", "name": name, "shape": shape.name, "checked": False}
+        order = _pull_order(name, shape, checked=False)
         return cast("float", self.reader.ask(order | {"repeat": 1})["seconds"])
 
     def prepare_calls(
@@ -334,6 +334,10 @@ class Pair:
         for end in (self._reader, self.owner):
             if end is not None:
                 end.close()
+
+
+def _pull_order(name: str, shape: Shape, *, checked: bool) -> Json:
+    return {"do": "pull", "name": name, "shape": shape.name, "checked": checked}
 
 
 def _prepare_order(name: str, shape: Shape, *, checked: bool) -> Json:
